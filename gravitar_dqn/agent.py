@@ -1,0 +1,268 @@
+"""The DQN agent: act, observe, update, and everything it must remember.
+
+Nothing here waits for the device but `act`, which hands the actions to the emulator, and `metrics`, at a log tick.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from line_profiler import profile
+from torch import Tensor, nn
+
+from gravitar_dqn import returns
+from gravitar_dqn.config import Config
+from gravitar_dqn.networks import make_q_network, stack_size
+from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
+from gravitar_dqn.rnd import make_rnd
+
+Array = npt.NDArray[Any]
+
+
+class DQNAgent:
+    """Dueling double DQN with n-step returns, proportional priorities and RND, each switchable by its setting.
+
+    Args:
+        config: the run's settings.
+        frame_shape: one observation without its stack, (84, 84) or (n,).
+        frame_dtype: torch.uint8 or torch.float32.
+        num_actions: size of the discrete action set.
+        device: where networks, replay and all statistics live.
+    """
+
+    _int_max: Tensor
+
+    def __init__(
+        self,
+        config: Config,
+        frame_shape: tuple[int, ...],
+        frame_dtype: torch.dtype,
+        num_actions: int,
+        device: torch.device,
+    ) -> None:
+        settings, num_envs = config.agent, config.env.num_envs
+        self.config, self.device, self.num_actions = config, device, num_actions
+        self.replay = ReplayBuffer(
+            settings.buffer_size,
+            num_envs,
+            frame_shape,
+            frame_dtype,
+            stack=stack_size(frame_shape),
+            n_step=settings.n_step,
+            padding=settings.stack_padding,
+            priority_exponent=settings.priority_exponent,
+            device=device,
+        )
+        self.q_network = make_q_network(self.replay.obs_shape, num_actions).to(device)
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+        self.rnd = make_rnd(self.replay.obs_shape, num_envs, config.rnd)
+        groups: list[dict[str, Any]] = [{"params": list(self.q_network.parameters()), "lr": settings.learning_rate}]
+        if self.rnd is not None:
+            self.rnd.to(device)
+            groups.append({"params": list(self.rnd.predictor.parameters()), "lr": config.rnd.learning_rate})
+        self.optimizer = torch.optim.Adam(groups, eps=settings.adam_epsilon, fused=True)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=choose_precision(config.precision, device) == "bf16"
+        )
+        self._exponents = returns.ladder_exponents(num_envs, settings.epsilon_ladder).to(device)
+        self._obs: Tensor | None = None  # the newest observations, shared by acting and curiosity
+        self._reset_metrics()
+
+        self.global_step = 0  # agent steps played, over all environments
+        self.episodes = 0  # games finished
+        self.num_updates = 0  # gradient steps
+        self.messages: list[str] = []  # lines for the console, taken by whoever prints them
+        self._next_train = settings.train_frequency  # clock of the next round of gradient steps
+        self._next_sync = settings.target_network_frequency
+
+    # ---------------------------------------------------------------- playing
+
+    @property
+    def clock(self) -> int:
+        """Now, in the unit of `agent.clock`: agent steps or episodes."""
+        return self.global_step if self.config.agent.clock == "steps" else self.episodes
+
+    def _base_epsilon(self) -> float:
+        settings = self.config.agent
+        return returns.linear_schedule(settings.epsilon_start, settings.epsilon_end, settings.epsilon_decay, self.clock)
+
+    @property
+    def epsilon(self) -> float:
+        """Probability of a random action, averaged over the environments."""
+        exponents = returns.ladder_exponents(self.config.env.num_envs, self.config.agent.epsilon_ladder)
+        return float((self._base_epsilon() ** exponents).mean())
+
+    def begin(self, obs: Array) -> None:
+        """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
+        self.replay.begin(obs)
+        self._obs = self.replay.latest()
+
+    @profile
+    @torch.no_grad()
+    def act(self) -> Tensor:
+        """Actions (num_envs,) int64 on the device for the newest observations, epsilon-greedy."""
+        assert self._obs is not None, "begin() comes first"
+        with self._autocast:
+            q_values = self.q_network(self._obs)
+        return returns.epsilon_greedy(q_values, self._base_epsilon() ** self._exponents, self.generator)
+
+    @profile
+    def observe(
+        self, actions: Tensor, rewards: Array, terminations: Bools, truncations: Bools, next_obs: Array, played: Bools
+    ) -> None:
+        """Take in one step of every environment; arrays as Gymnasium gives them.
+
+        `played` (num_envs,) is false where the step was the dummy one after a game's end.
+        """
+        self.replay.put(actions, rewards, terminations, truncations, next_obs, played)
+        self._obs = self.replay.latest()
+        self.global_step += int(played.sum())
+        self.episodes += int(((terminations | truncations) & played).sum())
+        if self.rnd is not None:
+            mask = torch.from_numpy(played).to(self.device)
+            with self._autocast:
+                bonus = self.rnd.observe(self._obs, mask)
+            self.replay.set_int_rewards(bonus)
+            learned = self.rnd.learning_rewards(bonus) * mask
+            self._int_sums += torch.stack([learned.sum(), mask.sum()])
+            self._int_max = torch.maximum(self._int_max, learned.max())
+
+    # ---------------------------------------------------------------- learning
+
+    def update(self) -> int:
+        """Do the gradient steps that are due by the clock; gives their number."""
+        settings = self.config.agent
+        if len(self.replay) <= max(settings.learning_starts, settings.n_step * self.config.env.num_envs):
+            self._next_train = self.clock + settings.train_frequency
+            return 0
+        done = 0
+        while self.clock >= self._next_train:
+            for _ in range(settings.gradient_steps):
+                self._gradient_step()
+            done += settings.gradient_steps
+            self._next_train += settings.train_frequency
+        if self.clock >= self._next_sync:
+            self.target_network.load_state_dict(self.q_network.state_dict())
+            self._next_sync += settings.target_network_frequency
+            self.messages.append("Matching network values")
+        return done
+
+    @profile
+    def _gradient_step(self) -> None:
+        batch = self.replay.sample(self.config.agent.batch_size, self.generator)
+        with self._autocast:
+            loss, td_errors, q_mean = self._q_loss(batch)
+            rnd_loss = torch.zeros((), device=self.device)
+            if self.rnd is not None:
+                rnd_loss, fresh_bonus = self.rnd.loss(batch.next_obs, self.generator)
+                if fresh_bonus is not None:
+                    self.replay.refresh_int_rewards(batch.last_rows, fresh_bonus)
+        self.optimizer.zero_grad()
+        learned = self.rnd is not None and self.rnd.learns
+        (loss + rnd_loss if learned else loss).backward()  # type: ignore[no-untyped-call]
+        if self.config.agent.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.q_network.parameters(), self.config.agent.max_grad_norm)
+        self.optimizer.step()
+        self.replay.update_priorities(batch.rows, td_errors.abs() + 1e-6)
+        self.num_updates += 1
+        self._loss_sums += torch.stack([loss.detach(), rnd_loss.detach(), q_mean, torch.ones_like(q_mean)])
+
+    def _q_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, TD errors (B,) and mean Q of a batch."""
+        settings = self.config.agent
+        rewards = settings.reward_scale * batch.rewards
+        if self.rnd is not None:
+            rewards = rewards + self.config.rnd.coef * self.rnd.learning_rewards(batch.int_rewards)
+        with torch.no_grad():
+            next_q = self.target_network(batch.next_obs).float()
+            next_q_online = self.q_network(batch.next_obs).float() if settings.double_q else None
+            terminated = batch.terminated | batch.truncated if settings.time_limit_is_terminal else batch.terminated
+            targets = returns.td_targets(
+                returns.n_step_returns(rewards, settings.gamma),
+                batch.steps,
+                terminated,
+                next_q,
+                settings.gamma,
+                next_q_online,
+            )
+            weights = torch.ones_like(targets)
+            if settings.priority_exponent > 0:
+                weights = returns.importance_weights(
+                    batch.probabilities, self.replay.num_sampleable, settings.importance_exponent
+                )
+        q_values = self.q_network(batch.obs).float()
+        loss, td_errors = returns.td_loss(q_values, batch.actions, targets, weights)
+        return loss, td_errors, q_values.detach().mean()
+
+    # ---------------------------------------------------------------- telling and keeping
+
+    def _reset_metrics(self) -> None:
+        self._loss_sums = torch.zeros(4, device=self.device)  # td_loss, rnd_loss, q, gradient steps
+        self._int_sums = torch.zeros(2, device=self.device)  # bonus, steps played
+        self._int_max = torch.full((), -torch.inf, device=self.device)
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call, NaN where nothing happened, and the present epsilon and buffer fill."""
+        # This is a CPU-GPU sync point.
+        td_loss, rnd_loss, q_mean, updates, bonus, played, int_max = torch.cat(
+            [self._loss_sums, self._int_sums, self._int_max[None]]
+        ).tolist()
+        self._reset_metrics()
+        nan = float("nan")
+        return {
+            "int_reward_mean": bonus / played if played else nan,
+            "epsilon": self.epsilon,
+            "td_loss": td_loss / updates if updates else nan,
+            "rnd_loss": rnd_loss / updates if updates and self.rnd is not None else nan,
+            "q_mean": q_mean / updates if updates else nan,
+            "buffer_fill": self.replay.fill,
+            "int_reward_max": int_max if np.isfinite(int_max) else nan,
+        }
+
+    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
+        """All that learning depends on; the replay buffer only where asked for."""
+        return {
+            "q_network": self.q_network.state_dict(),
+            "target_network": self.target_network.state_dict(),
+            "rnd": None if self.rnd is None else self.rnd.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "clocks": [self.global_step, self.episodes, self.num_updates],
+            "next_train": self._next_train,
+            "next_sync": self._next_sync,
+            "replay": self.replay.state_dict() if replay else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. Then call `begin`. Without a replay buffer, learning waits until
+        `learning_starts` transitions are stored anew."""
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
+        if self.rnd is not None:
+            self.rnd.load_state_dict(state["rnd"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.generator.set_state(state["generator"].cpu())
+        except (RuntimeError, TypeError):  # saved on another kind of device: its random numbers cannot go on here
+            self.generator.manual_seed(self.config.seed + state["clocks"][0])
+        self.global_step, self.episodes, self.num_updates = state["clocks"]
+        self._next_train, self._next_sync = state["next_train"], state["next_sync"]
+        if state["replay"] is not None:
+            self.replay.load_state_dict(state["replay"])
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`auto` resolved for the device: bf16 where it is computed natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = any(probe() for probe in probes if probe is not None)
+    return "bf16" if native else "fp32"

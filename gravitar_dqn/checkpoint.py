@@ -1,0 +1,73 @@
+"""Checkpoints: atomic, complete, and read without trusting them.
+
+A file is written aside, flushed to the disk and renamed; `latest` is a link that is replaced in one step. So a kill
+at any moment leaves the previous checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gravitar_dqn.config import UserError
+
+FORMAT = 1
+KEEP = 2  # the newest, and the one before it
+
+
+def folder(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def save(run_dir: Path, state: dict[str, Any], global_step: int) -> Path:
+    """Write `state` as the newest checkpoint; OSError (a full disk, say) leaves the previous one as it was."""
+    home = folder(run_dir)
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / f"step_{global_step:012d}.pt"
+    aside = path.with_suffix(".tmp")
+    try:
+        with aside.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        link = home / "latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(home / "latest")
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        aside.unlink(missing_ok=True)
+        raise OSError(f"checkpoint not written: {error}") from error
+    for old in sorted(home.glob("step_*.pt"))[:-KEEP]:
+        old.unlink(missing_ok=True)
+    for torn in home.glob("step_*.tmp"):  # left by a kill
+        torn.unlink(missing_ok=True)
+    return path
+
+
+def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours."""
+    path = folder(run_dir) / "latest"
+    if not path.exists():
+        raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
+    return read(path.resolve(), device)
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint file; UserError when it is cut short or not ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        others = [str(p) for p in sorted(path.parent.glob("step_*.pt")) if p != path]
+        hint = f"; {others[-1]} is the one before it" if others else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason}){hint}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    return state

@@ -1,0 +1,231 @@
+"""The command line: `gravitar-dqn train | eval | watch | dashboard`, and the same behind the scripts.
+
+Torch and the games are imported only by what needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from gravitar_dqn.config import PRESETS, Config, UserError, differences, get_preset, load_run, validate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What `train` takes beside the settings of the run."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Play whole games with a run's newest checkpoint and write eval.json."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    episodes: int = 100
+    """Games to play."""
+    epsilon: float = 0.001
+    """Probability of a random action."""
+    seed: int = 742
+    """Seeds the games and the random actions."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Play games with a run's newest checkpoint and record them to videos/<run>/."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    episodes: int = 1
+    """Games to play."""
+    epsilon: float = 0.001
+    """Probability of a random action."""
+    seed: int = 742
+    """Seeds the games and the random actions."""
+    video_dir: Path = Path("videos")
+    """Recordings go to <video_dir>/<run>/."""
+
+
+def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
+    """tyro's parser, with every mistake as one UserError line; `--help` prints and exits."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options: dict[str, Any] = {} if default is None else {"default": default}
+            result, unknown = tyro.cli(
+                build, args=list(argv), prog=prog, description=description, return_unknown_args=True, **options
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        lines = [" ".join(line.split()) for line in words.splitlines()]
+        told = [line for line in lines if line and "full helptext" not in line and line != f"{prog} --help"]
+        told = told[1 : told.index("Argument helptext:")] if "Argument helptext:" in told else told[1:]
+        raise UserError(f"{' '.join(told) or 'the arguments do not fit'} ({prog} --help lists all)") from None
+    if unknown:
+        raise UserError(unknown_option(unknown[0], build, default, prog))
+    return result
+
+
+def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: str) -> str:
+    """One line that names the option and the nearest one there is."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(build, args=["--help"], prog=prog, **({} if default is None else {"default": default}))
+    known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
+    near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
+    kind = "option" if option.startswith("-") else "argument"
+    return f"unknown {kind} {option!r}: " + (f"did you mean {near[0]}?" if near else f"{prog} --help lists all")
+
+
+def run_folder(config: Config) -> Path:
+    """runs/<env>__<preset>__<seed>__<time>."""
+    name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
+    return Path("runs") / name
+
+
+def resume_folder(argv: Sequence[str]) -> Path | None:
+    """The value of --resume, needed before the rest can be read: the saved settings are the defaults."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word == "--resume" and following:
+            return Path(following)
+        if word.startswith("--resume="):
+            return Path(word.removeprefix("--resume="))
+    return None
+
+
+def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
+    """`train [PRESET] [options]`."""
+    argv = list(argv)
+    preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    saved_in = resume_folder(argv)
+    saved = load_run(saved_in) if saved_in is not None else None
+    default = saved if saved is not None and preset is None else get_preset(preset or "gravitar")
+    description = (
+        f"Train an agent. {prog} [PRESET] [options]; presets: {', '.join(PRESETS)} (default gravitar). "
+        f"The defaults below are those of {default.preset}. Ctrl-C saves the run; --resume goes on with it."
+    )
+    arguments = parse(TrainArguments, argv, prog, description, TrainArguments(default))
+    config = replace(arguments.config, preset=default.preset)
+    validate(config)
+    if saved is not None:
+        assert saved_in is not None
+        if arguments.run_dir is not None and arguments.run_dir != saved_in:
+            raise UserError("--resume goes on in its own folder: leave --run-dir out")
+        if changed := differences(saved, config):
+            raise UserError(f"{saved_in} was started with other settings, it cannot go on: {'; '.join(changed)}")
+        run_dir = saved_in
+    else:
+        run_dir = arguments.run_dir or run_folder(config)
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
+    from gravitar_dqn.training import train
+
+    train(config, run_dir, resume=saved is not None)
+
+
+def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
+    """`eval RUN_DIR [options]`."""
+    arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
+    check_games(arguments.episodes, arguments.epsilon)
+    load_run(arguments.run_dir)
+    from gravitar_dqn.evaluation import evaluate, table
+    from gravitar_dqn.training import choose_device
+
+    result = evaluate(
+        arguments.run_dir,
+        episodes=arguments.episodes,
+        epsilon=arguments.epsilon,
+        seed=arguments.seed,
+        device=choose_device(arguments.device),
+    )
+    print(table(result))
+
+
+def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
+    """`watch RUN_DIR [options]`."""
+    arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
+    check_games(arguments.episodes, arguments.epsilon)
+    config = load_run(arguments.run_dir)
+    from gravitar_dqn import checkpoint
+    from gravitar_dqn.evaluation import load_q_network
+    from gravitar_dqn.recording import VideoError, record_game
+
+    state = checkpoint.load(arguments.run_dir)
+    q_network = load_q_network(config, state["agent"]["q_network"])
+    home = arguments.video_dir / arguments.run_dir.resolve().name
+    for i in range(arguments.episodes):
+        path = home / f"step_{state['agent']['clocks'][0]}_seed_{arguments.seed + i}.mp4"
+        try:
+            score = record_game(config, q_network, path, epsilon=arguments.epsilon, seed=arguments.seed + i)
+        except VideoError as error:
+            raise UserError(str(error)) from None
+        print(f"{path}: score {score:.0f}")
+
+
+def check_games(episodes: int, epsilon: float) -> None:
+    """Raise UserError for numbers that no evaluation can use."""
+    if episodes < 1:
+        raise UserError(f"--episodes is {episodes}: it must be at least 1")
+    if not 0 <= epsilon <= 1:
+        raise UserError(f"--epsilon is {epsilon}: it must be between 0 and 1")
+
+
+def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
+    """`dashboard [options]`."""
+    from gravitar_dqn.visdom_server import main as serve
+
+    return serve(list(argv))
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
+    "train": train_command,
+    "eval": evaluate_command,
+    "watch": watch_command,
+    "dashboard": dashboard_command,
+}
+
+
+def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
+    """Run a command; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        return command(argv, prog) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """The installed command `gravitar-dqn`."""
+    name, *argv = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"gravitar-dqn {{{'|'.join(COMMANDS)}}} [options]; gravitar-dqn COMMAND --help tells more")
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(COMMANDS[name], argv, f"gravitar-dqn {name}"))

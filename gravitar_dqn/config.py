@@ -1,0 +1,321 @@
+"""What a run is: frozen settings, named presets, and JSON in and out.
+
+Imports nothing heavy, so that ``--help`` answers at once. Every period names its unit:
+steps (agent steps over all environments), frames (emulator frames, four a step), updates
+(gradient steps) or episodes (whole games).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message is one line that says what would do."""
+
+
+def _bounded(default: Any, low: float = 0, high: float = math.inf) -> Any:
+    """A number that `validate` holds between `low` and `high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The game and how it is played."""
+
+    id: str = "ALE/Gravitar-v5"
+    """Gymnasium's id. `ALE/<Game>-v5` runs on ALE's own C++ vector environment."""
+    obs_type: Literal["image", "ram"] = "image"
+    """What the agent of an ALE game sees: 84x84 grey frames, or the console's 128 bytes of RAM."""
+    num_envs: int = _bounded(32, low=1)
+    """Games played side by side."""
+    num_threads: int = _bounded(0)
+    """Emulator threads; 0 takes one for each core."""
+    sticky_actions: float = _bounded(0.25, high=1)
+    """Probability that the emulator repeats the last action instead of the chosen one."""
+    noop_max: int = _bounded(30)
+    """Up to this many no-ops at the start of a game."""
+    max_frames: int = _bounded(108_000, low=1)
+    """A game is cut off (truncated) after this many emulator frames."""
+
+
+@dataclass(frozen=True)
+class RNDConfig:
+    """Curiosity: Random Network Distillation (Burda 2018)."""
+
+    coef: float = _bounded(0.1)
+    """Weight of the normalized bonus in the reward that is learned; 0 builds no curiosity at all."""
+    variant: Literal["rnd", "notebook"] = "rnd"
+    """`notebook` is the original's bonus with its faults: a predictor that never learns and sees 0..255."""
+    learning_rate: float = _bounded(1e-4)
+    """Adam's, for the predictor."""
+    update_proportion: float = _bounded(0.25, high=1)
+    """Share of each batch that the predictor learns from."""
+    gamma: float = _bounded(0.99, high=1)
+    """Discount of the intrinsic return whose standard deviation scales the bonus."""
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """Replay, Q-learning and exploration."""
+
+    buffer_size: int = _bounded(500_000, low=1)
+    """Transitions the replay buffer can sample from."""
+    learning_starts: int = _bounded(20_000)
+    """Learning begins when more transitions than this are stored."""
+    stack_padding: Literal["zero", "repeat"] = "zero"
+    """What a stack holds before a game's first frame: zeros, or that frame again."""
+    batch_size: int = _bounded(128, low=1)
+    """Transitions in a gradient step."""
+    clock: Literal["steps", "episodes"] = "steps"
+    """The unit of train_frequency, target_network_frequency and epsilon_decay."""
+    train_frequency: int = _bounded(32, low=1)
+    """Clock units from one round of gradient steps to the next."""
+    gradient_steps: int = _bounded(1, low=1)
+    """Gradient steps in a round."""
+    target_network_frequency: int = _bounded(16_000, low=1)
+    """Clock units from one copy of the Q network into the target network to the next."""
+    learning_rate: float = _bounded(1e-4)
+    """Adam's, for the Q network."""
+    adam_epsilon: float = _bounded(1.5e-4)
+    """Adam's denominator term."""
+    max_grad_norm: float = _bounded(10.0)
+    """The Q network's gradient is clipped to this norm; 0 never clips."""
+    gamma: float = _bounded(0.99, high=1)
+    """Discount per step."""
+    n_step: int = _bounded(3, low=1)
+    """Rewards summed before the bootstrap."""
+    double_q: bool = True
+    """The online network chooses the bootstrap action, the target network values it (van Hasselt 2016)."""
+    reward_scale: float = _bounded(0.01, low=-math.inf)
+    """Multiplies the game's score before it is learned."""
+    time_limit_is_terminal: bool = False
+    """Treat a time-out as a death, as the notebook did. Right is False: a time-out bootstraps."""
+    priority_exponent: float = _bounded(0.5)
+    """Sampling probability ~ |TD error| ** this (Schaul 2015); 0 samples uniformly."""
+    importance_exponent: float = _bounded(0.5)
+    """Correction of the sampling bias: weight ~ (N * probability) ** -this."""
+    epsilon_start: float = _bounded(1.0, high=1)
+    """Probability of a random action at the start."""
+    epsilon_end: float = _bounded(0.4, high=1)
+    """Probability of a random action after epsilon_decay clock units."""
+    epsilon_decay: int = _bounded(100_000, low=1)
+    """Clock units over which epsilon falls linearly."""
+    epsilon_ladder: float = _bounded(7.0)
+    """Environment i of N explores with epsilon ** (1 + this * i / (N - 1)) (Horgan 2018); 0: all alike."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Settings marked (free) may be changed when a run is resumed; the others may not."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "gravitar"
+    env: EnvConfig = field(default_factory=EnvConfig)
+    agent: DQNConfig = field(default_factory=DQNConfig)
+    rnd: RNDConfig = field(default_factory=RNDConfig)
+    seed: int = _bounded(742)
+    """Seeds the networks, exploration, sampling and the games."""
+    total_steps: int = _bounded(10_000_000, low=1)
+    """The run ends after this many agent steps over all environments. (free)"""
+    total_episodes: int = _bounded(0)
+    """The run ends after this many games; 0: no such limit. (free)"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. (free)"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks; auto takes bf16 where the device computes it natively. (free)"""
+    log_seconds: float = _bounded(2.0)
+    """Seconds from one row of metrics.csv to the next; 0: a row every step. (free)"""
+    dashboard: str = "auto"
+    """auto: a Visdom server on this machine, started if none answers; off; or a server's URL. (free)"""
+    video_every: int = _bounded(25)
+    """Record a game with the present policy every this many episodes; 0: never. (free)"""
+    video_dir: str = "videos"
+    """Recordings go to <video_dir>/<name of the run's folder>/. (free)"""
+    checkpoint_minutes: float = _bounded(10.0)
+    """Minutes from one checkpoint to the next. (free)"""
+    checkpoint_replay: bool = False
+    """Save the replay buffer in checkpoints too: a resumed run then learns on at once. (free)"""
+
+
+FREE_FIELDS = frozenset(
+    "total_steps total_episodes device precision log_seconds dashboard video_every video_dir checkpoint_minutes "
+    "checkpoint_replay".split()
+)
+
+GRAVITAR = Config()
+
+PRESETS: Mapping[str, Config] = types.MappingProxyType(
+    {
+        "gravitar": GRAVITAR,
+        "breakout": replace(
+            GRAVITAR,
+            preset="breakout",
+            env=EnvConfig(id="ALE/Breakout-v5"),
+            agent=DQNConfig(reward_scale=1.0),
+            rnd=RNDConfig(coef=0.0),
+        ),
+        "gravitar-ram": replace(
+            GRAVITAR,
+            preset="gravitar-ram",
+            env=EnvConfig(obs_type="ram"),
+            agent=DQNConfig(batch_size=256, learning_rate=3e-4),
+        ),
+        "cartpole": replace(
+            GRAVITAR,
+            preset="cartpole",
+            env=EnvConfig(id="CartPole-v1", num_envs=1),
+            agent=DQNConfig(
+                buffer_size=50_000,
+                learning_starts=1_000,
+                batch_size=128,
+                train_frequency=1,
+                target_network_frequency=500,
+                learning_rate=5e-4,
+                adam_epsilon=1e-8,
+                n_step=3,
+                reward_scale=0.1,
+                priority_exponent=0.0,
+                epsilon_end=0.02,
+                epsilon_decay=5_000,
+                epsilon_ladder=0.0,
+            ),
+            rnd=RNDConfig(coef=0.0),
+            total_steps=300_000,
+            precision="fp32",
+        ),
+        "notebook": replace(
+            GRAVITAR,
+            preset="notebook",
+            env=EnvConfig(id="Gravitar-v0", num_envs=1),
+            agent=DQNConfig(
+                buffer_size=50_000,
+                learning_starts=2_000,
+                stack_padding="repeat",
+                batch_size=128,
+                clock="episodes",
+                train_frequency=1,
+                gradient_steps=10,
+                target_network_frequency=100,
+                adam_epsilon=1e-8,
+                max_grad_norm=0.0,
+                n_step=1,
+                double_q=False,
+                reward_scale=1 / 500,
+                time_limit_is_terminal=True,
+                priority_exponent=0.0,
+                epsilon_start=0.5,
+                epsilon_end=0.02,
+                epsilon_decay=960,  # 0.48 at 1/2000 an episode
+                epsilon_ladder=0.0,
+            ),
+            rnd=RNDConfig(coef=1 / 500, variant="notebook"),
+            precision="fp32",
+        ),
+    }
+)
+
+
+def get_preset(name: str) -> Config:
+    """The preset called `name`; UserError names the nearest one otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first setting that cannot work."""
+    for prefix, part in (("", config), ("env.", config.env), ("agent.", config.agent), ("rnd.", config.rnd)):
+        for setting in dataclasses.fields(part):
+            if "low" not in setting.metadata:
+                continue
+            value, low, high = getattr(part, setting.name), setting.metadata["low"], setting.metadata["high"]
+            if not (low <= value <= high and math.isfinite(value)):  # a NaN is in no range
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
+    agent = config.agent
+    if agent.learning_starts >= agent.buffer_size:
+        raise UserError(
+            f"agent.learning_starts ({agent.learning_starts}) is not below agent.buffer_size ({agent.buffer_size}): "
+            "learning would never begin"
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration that `to_dict` gave; UserError names an unknown, missing or ill-typed setting."""
+    return typing.cast(Config, _build(Config, values, ""))
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"setting {prefix.rstrip('.') or 'config'} is not a table of settings")
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"unknown setting {prefix}{unknown[0]}: was it written by another version?")
+    if missing := sorted(names - set(values)):
+        raise UserError(f"setting {prefix}{missing[0]} is missing: was it written by another version?")
+    return cls(**{name: _value(hints[name], values[name], prefix + name) for name in names})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, name + ".")
+    if typing.get_origin(hint) is Literal:
+        fits, expected = value in typing.get_args(hint), " or ".join(map(str, typing.get_args(hint)))
+    elif hint is float:
+        fits, expected = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+    else:
+        fits, expected = type(value) is hint, hint.__name__
+    if not fits:
+        raise UserError(f"setting {name} is {value!r}: it must be {expected}")
+    return float(value) if hint is float else value
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted name -> value, for tables and comparisons."""
+    flat: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        flat.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What a resume may not change, as lines `name: old -> new`."""
+    after = flatten(new)
+    return [
+        f"{name}: {value} -> {after[name]}"
+        for name, value in flatten(old).items()
+        if value != after[name] and name not in FREE_FIELDS
+    ]
+
+
+def load_run(run_dir: Path) -> Config:
+    """The configuration in a run's folder (`config.json`); UserError when it is no such folder."""
+    path = run_dir / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not a run's folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(record, Mapping) or "config" not in record:
+        raise UserError(f"{path} is not a run's configuration")
+    return from_dict(record["config"])

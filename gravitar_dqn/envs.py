@@ -1,0 +1,172 @@
+"""Games as Gymnasium vector environments, and one more way to play a single game in colour for recordings.
+
+All of them reset with autoreset NEXT_STEP: the step after a game's end plays no action, earns nothing and returns
+the next game's first frame.
+
+| game | vector environment | frame |
+|---|---|---|
+| `ALE/<Game>-v5`, images | ALE's own, in C++ | newest 84x84 frame, uint8 |
+| older ALE ids (`Gravitar-v0`), images | Gymnasium's, around `AtariPreprocessing` | newest 84x84 frame, uint8 |
+| ALE ids, RAM | Gymnasium's | 128 bytes, uint8 |
+| any other with vector observations | Gymnasium's | the vector, float32 |
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import AtariPreprocessing
+
+from gravitar_dqn.config import EnvConfig, UserError
+
+FRAME_SKIP = 4  # emulator frames in an agent step
+EMULATOR_FPS = 60
+gym.register_envs(ale_py)
+
+
+def make_envs(config: EnvConfig) -> VectorEnv[Any, Any, Any]:
+    """`config.num_envs` games side by side; UserError names an unknown game or one the agent cannot play."""
+    spec = _find(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium's word on the old ids
+        if is_atari(spec) and config.obs_type == "image" and spec.vector_entry_point is not None:
+            envs: VectorEnv[Any, Any, Any] = gym.make_vec(
+                config.id,
+                num_envs=config.num_envs,
+                vectorization_mode="vector_entry_point",
+                num_threads=min(config.num_threads or os.cpu_count() or 1, config.num_envs),
+                repeat_action_probability=config.sticky_actions,
+                max_num_frames_per_episode=config.max_frames,
+                noop_max=config.noop_max,
+                frameskip=FRAME_SKIP,
+                stack_num=1,  # the replay buffer stacks
+                reward_clipping=False,  # its default clips: scores would lie
+                use_fire_reset=False,
+            )
+        else:
+            envs = SyncVectorEnv(
+                [lambda: _make_single(config, spec)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+            )
+    _check_spaces(config, envs)
+    return envs
+
+
+def frame_of(envs: VectorEnv[Any, Any, Any]) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of one observation without its stack: (84, 84) or (n,)."""
+    space = envs.single_observation_space
+    shape = tuple(size for size in space.shape or () if size != 1) if len(space.shape or ()) == 3 else space.shape
+    assert shape is not None
+    return shape, torch.uint8 if space.dtype == np.uint8 else torch.float32
+
+
+def num_actions_of(envs: VectorEnv[Any, Any, Any]) -> int:
+    """Size of the discrete action set."""
+    return int(envs.single_action_space.n)  # type: ignore[attr-defined]
+
+
+def is_atari(spec: EnvSpec) -> bool:
+    """Whether the game runs in the Arcade Learning Environment."""
+    return spec.entry_point == "ale_py.env:AtariEnv"
+
+
+def make_recorded_env(
+    config: EnvConfig, on_frame: Callable[[npt.NDArray[np.uint8]], None]
+) -> tuple[VectorEnv[Any, Any, Any], float]:
+    """One game that the agent sees as in `make_envs`, and the frames a second at which it plays in real speed.
+
+    `on_frame` gets every picture in colour, (height, width, 3) uint8; for `ALE/` image games every emulator frame.
+    """
+    spec = _find(config)
+    every_frame = is_atari(spec) and config.obs_type == "image" and spec.vector_entry_point is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        env = SyncVectorEnv([lambda: _make_single(config, spec, on_frame)], autoreset_mode=AutoresetMode.NEXT_STEP)
+    if not is_atari(spec):
+        return env, float(env.metadata.get("render_fps", 30))
+    # The old ids skip 2, 3 or 4 frames at random: 3 on average.
+    skipped = 1 if every_frame else FRAME_SKIP if spec.vector_entry_point is not None else 3
+    return env, EMULATOR_FPS / skipped
+
+
+def _find(config: EnvConfig) -> EnvSpec:
+    try:
+        return gym.spec(config.id)
+    except gym.error.Error as error:
+        raise UserError(f"unknown game {config.id!r}: {' '.join(str(error).split())}") from None
+
+
+def _make_single(
+    config: EnvConfig, spec: EnvSpec, on_frame: Callable[[npt.NDArray[np.uint8]], None] | None = None
+) -> gym.Env[Any, Any]:
+    """One game through Gymnasium's own wrappers, showing its pictures to `on_frame`."""
+    kwargs: dict[str, Any] = {"disable_env_checker": True}
+    if on_frame is not None:
+        kwargs["render_mode"] = "rgb_array"
+    image = is_atari(spec) and config.obs_type == "image"
+    skips_itself = spec.kwargs.get("frameskip", FRAME_SKIP) != 1 and spec.vector_entry_point is None
+    if is_atari(spec):
+        kwargs |= {
+            "repeat_action_probability": config.sticky_actions,
+            "max_num_frames_per_episode": config.max_frames,
+            "obs_type": "grayscale" if image else "ram",
+        }
+        if not skips_itself:
+            kwargs["frameskip"] = 1 if image else FRAME_SKIP
+    try:
+        env: gym.Env[Any, Any] = gym.make(config.id, **kwargs)
+    except gym.error.Error as error:
+        raise UserError(f"cannot make {config.id}: {' '.join(str(error).split())}") from None
+    if on_frame is not None:
+        env = _Shown(env, on_frame)
+    if image:
+        env = AtariPreprocessing(
+            env, noop_max=config.noop_max, frame_skip=1 if skips_itself else FRAME_SKIP, screen_size=84
+        )
+    return env
+
+
+class _Shown(gym.Wrapper[Any, Any, Any, Any]):
+    """Hands every rendered picture to a callback."""
+
+    def __init__(self, env: gym.Env[Any, Any], on_frame: Callable[[npt.NDArray[np.uint8]], None]) -> None:
+        super().__init__(env)
+        self._on_frame = on_frame
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset and show the first picture."""
+        result = self.env.reset(**kwargs)
+        self._show()
+        return result
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step and show what came of it."""
+        result = self.env.step(action)
+        self._show()
+        return result
+
+    def _show(self) -> None:
+        picture = self.env.render()
+        assert isinstance(picture, np.ndarray)
+        self._on_frame(picture)
+
+
+def _check_spaces(config: EnvConfig, envs: VectorEnv[Any, Any, Any]) -> None:
+    actions, observations = envs.single_action_space, envs.single_observation_space
+    shape = observations.shape or ()
+    fits = isinstance(actions, gym.spaces.Discrete) and actions.n <= 256 and isinstance(observations, gym.spaces.Box)
+    if not fits or not (len(shape) == 1 or shape[-2:] == (84, 84)):
+        envs.close()
+        raise UserError(
+            f"{config.id} has observations {observations} and actions {actions}: an ALE game, or one with a vector "
+            "of numbers and up to 256 discrete actions, is needed"
+        )

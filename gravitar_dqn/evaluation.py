@@ -1,0 +1,167 @@
+"""Evaluation: whole games with a fixed policy, raw scores, and the statistics that are quoted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from gravitar_dqn import checkpoint, returns
+from gravitar_dqn import envs as games
+from gravitar_dqn.config import Config, UserError, load_run
+from gravitar_dqn.networks import make_q_network, stack_size
+from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.tracking import FRAMES_PER_STEP
+
+RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
+
+
+class Policy:
+    """A Q network playing `num_envs` games without learning, epsilon-greedy. The last few frames are its memory."""
+
+    def __init__(
+        self,
+        config: Config,
+        q_network: nn.Module,
+        frame: tuple[tuple[int, ...], torch.dtype],
+        num_envs: int,
+        *,
+        epsilon: float,
+        seed: int,
+    ) -> None:
+        device = next(q_network.parameters()).device
+        shape, dtype = frame
+        self.q_network = q_network
+        self.frames = ReplayBuffer(
+            num_envs,
+            num_envs,
+            shape,
+            dtype,
+            stack=stack_size(shape),
+            padding=config.agent.stack_padding,
+            device=device,
+        )
+        self.epsilon = torch.full((num_envs,), epsilon, device=device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def begin(self, obs: npt.NDArray[Any]) -> None:
+        """Start with the frames of freshly reset environments."""
+        self.frames.begin(obs)
+
+    @torch.no_grad()
+    def act(self) -> Tensor:
+        """Actions (num_envs,) int64 for the newest observations."""
+        return returns.epsilon_greedy(self.q_network(self.frames.latest()), self.epsilon, self.generator)
+
+    def observe(self, actions: Tensor, obs: npt.NDArray[Any], played: npt.NDArray[np.bool_]) -> None:
+        """Take in the next frames; `played` is false where they start a game."""
+        nothing = np.zeros(len(played), dtype=np.bool_)
+        self.frames.put(actions, nothing, nothing, nothing, obs, played)
+
+
+def load_q_network(config: Config, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+    """The Q network with these weights; UserError when they do not fit the game."""
+    envs = games.make_envs(dataclasses.replace(config.env, num_envs=1))
+    shape, _ = games.frame_of(envs)
+    obs_shape = (stack_size(shape), *shape) if stack_size(shape) > 1 else shape
+    q_network = make_q_network(obs_shape, games.num_actions_of(envs)).to(device)
+    envs.close()
+    try:
+        q_network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit {config.env.id}: {str(error).splitlines()[-1].strip()}") from None
+    return q_network.eval()
+
+
+def play_games(envs: Any, policy: Policy, episodes: int, seed: int) -> list[float]:
+    """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often."""
+    num_envs = envs.num_envs
+    quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
+    scores: list[list[float]] = [[] for _ in range(num_envs)]
+    policy.begin(envs.reset(seed=seed)[0])
+    played, score = np.ones(num_envs, dtype=np.bool_), np.zeros(num_envs)
+    while any(len(done) < share for done, share in zip(scores, quota, strict=True)):
+        actions = policy.act()
+        obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        policy.observe(actions, obs, played)
+        score += rewards * played
+        played = ~((terminations | truncations) & played)
+        for i in np.flatnonzero(~played):
+            scores[i].append(float(score[i]))
+            score[i] = 0.0
+    return [value for done, share in zip(scores, quota, strict=True) for value in done[:share]]
+
+
+def interquartile_mean(scores: npt.NDArray[np.float64]) -> float:
+    """Mean of the middle half, edge values weighted by their share (Agarwal 2021)."""
+    ordered = np.sort(scores)
+    edges = np.clip(np.arange(len(ordered) + 1) / len(ordered), 0.25, 0.75)
+    return float((np.diff(edges) * ordered).sum() / 0.5)
+
+
+def bootstrap_interval(scores: npt.NDArray[np.float64], seed: int, resamples: int = 2_000) -> tuple[float, float]:
+    """95 % bootstrap interval of the interquartile mean."""
+    rng = np.random.default_rng(seed)
+    draws = rng.choice(scores, size=(resamples, len(scores)))
+    low, high = np.quantile([interquartile_mean(draw) for draw in draws], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarize(scores: list[float], config: Config, *, epsilon: float, seed: int, global_step: int) -> dict[str, Any]:
+    """The contents of eval.json."""
+    array = np.array(scores)
+    gravitar = "gravitar" in config.env.id.lower()
+    atari = games.is_atari(gym.spec(config.env.id))
+    return {
+        "episodes": len(scores),
+        "epsilon": epsilon,
+        "sticky_actions": config.env.sticky_actions if atari else None,
+        "frames_trained": global_step * FRAMES_PER_STEP,
+        "mean": float(array.mean()),
+        "std": float(array.std()),
+        "median": float(np.median(array)),
+        "iqm": interquartile_mean(array),
+        "iqm_ci95": list(bootstrap_interval(array, seed)),
+        "human_normalized": float((array.mean() - RANDOM_SCORE) / (HUMAN_SCORE - RANDOM_SCORE)) if gravitar else None,
+        "returns": scores,
+    }
+
+
+def evaluate(run_dir: Path, *, episodes: int, epsilon: float, seed: int, device: torch.device) -> dict[str, Any]:
+    """Play `episodes` games with a run's newest checkpoint; writes and returns eval.json's contents."""
+    config = load_run(run_dir)
+    state = checkpoint.load(run_dir)
+    q_network = load_q_network(config, state["agent"]["q_network"], device)
+    envs = games.make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
+    policy = Policy(config, q_network, games.frame_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
+    scores = play_games(envs, policy, episodes, seed)
+    envs.close()
+    result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"][0])
+    aside = run_dir / "eval.tmp"
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    aside.replace(run_dir / "eval.json")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The statistics as lines for a terminal."""
+    low, high = result["iqm_ci95"]
+    rows = [
+        ("games", f"{result['episodes']}"),
+        ("epsilon", f"{result['epsilon']:g}"),
+        ("frames trained", f"{result['frames_trained']:,}"),
+        ("mean", f"{result['mean']:.1f}"),
+        ("standard deviation", f"{result['std']:.1f}"),
+        ("median", f"{result['median']:.1f}"),
+        ("interquartile mean", f"{result['iqm']:.1f}  (95 % interval {low:.1f} to {high:.1f})"),
+    ]
+    if result["human_normalized"] is not None:
+        rows.append(("human-normalized", f"{100 * result['human_normalized']:.1f} %"))
+    return "\n".join(f"{name:<20} {value}" for name, value in rows)

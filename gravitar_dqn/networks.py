@@ -1,0 +1,123 @@
+"""Networks: uint8 observations go in as they are; dividing by 255 is the network's own business.
+
+`layer_init`, `conv_trunk` and `mlp` are shared by the Q networks and by curiosity.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+CONV_FEATURES = 3136  # 64 channels of 7x7 after the three convolutions on 84x84
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]; other types pass as float32."""
+    return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
+
+
+def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """The convolutions of Mnih 2015: (B, channels, 84, 84) float -> (B, 3136)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 8, stride=4),
+        activation(),
+        nn.Conv2d(32, 64, 4, stride=2),
+        activation(),
+        nn.Conv2d(64, 64, 3, stride=1),
+        activation(),
+        nn.Flatten(),
+    )
+
+
+def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers between `sizes`, the activation between them and none at the end."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def channels_last(network: nn.Module) -> None:
+    """Lay convolution weights out for channels_last inputs, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def orthogonal_init(network: nn.Module) -> None:
+    """Orthogonal weights with gain sqrt(2) and zero biases, in place (Burda 2018)."""
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(module.weight, math.sqrt(2))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class QNetwork(nn.Module):
+    """MLP for vector observations: (B, inputs) -> (B, num_actions)."""
+
+    def __init__(self, inputs: int, num_actions: int) -> None:
+        super().__init__()
+        self.layers = mlp(inputs, 128, 256, 128, num_actions)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Q values (B, num_actions) of obs (B, inputs)."""
+        q_values: Tensor = self.layers(scale_pixels(obs))
+        return q_values
+
+
+class DuelingConvQNetwork(nn.Module):
+    """Dueling network (Wang 2016) for stacks of frames: Q = V + A - mean(A)."""
+
+    def __init__(self, channels: int, num_actions: int) -> None:
+        super().__init__()
+        self.trunk = conv_trunk(channels)
+        self.advantage = mlp(CONV_FEATURES, 512, 512, num_actions)
+        self.value = mlp(CONV_FEATURES, 512, 1)
+        channels_last(self)  # the fast layout of convolutions, on CPU and GPU alike
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Q values (B, num_actions) of obs (B, channels, 84, 84) uint8."""
+        features = self.trunk(scale_pixels(obs).contiguous(memory_format=torch.channels_last))
+        advantages = self.advantage(features)
+        q_values: Tensor = self.value(features) + advantages - advantages.mean(dim=1, keepdim=True)
+        return q_values
+
+
+class IntrinsicNetwork(nn.Module):
+    """An RND network: features (B, 512). The frozen target ends in linear and ReLU; the predictor has two more layers.
+
+    It does not scale its input: what it sees is the business of `rnd.py`.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], *, predictor: bool) -> None:
+        super().__init__()
+        image = len(obs_shape) == 3
+        head: list[nn.Module] = [nn.Linear(CONV_FEATURES if image else obs_shape[0], 512), nn.ReLU()]
+        if predictor:
+            head += [nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)]
+        self.layers = nn.Sequential(conv_trunk(obs_shape[0]) if image else nn.Identity(), *head)
+        orthogonal_init(self)
+        if image:
+            channels_last(self)
+        self.requires_grad_(predictor)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Features (B, 512) of float observations (B, *obs_shape)."""
+        features: Tensor = self.layers(obs)
+        return features
+
+
+def stack_size(frame_shape: tuple[int, ...]) -> int:
+    """Frames in an observation: four for images (84, 84), one for vectors (n,)."""
+    return 4 if len(frame_shape) == 2 else 1
+
+
+def make_q_network(obs_shape: tuple[int, ...], num_actions: int) -> nn.Module:
+    """The Q network for stacks (channels, 84, 84) or for vectors (inputs,)."""
+    if len(obs_shape) == 3:
+        return DuelingConvQNetwork(obs_shape[0], num_actions)
+    return QNetwork(obs_shape[0], num_actions)

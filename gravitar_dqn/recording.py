@@ -1,0 +1,209 @@
+"""Videos of whole games, in colour and at real speed.
+
+`record_game` plays and films one game. `Recorder` has it done by another process, so that training never waits: it
+hands over a copy of the Q network, goes on, and learns later that the film is there.
+
+Frames are streamed into ffmpeg as they are drawn. (Gymnasium's `RecordVideo` keeps a game's pictures in memory: at
+every emulator frame of a long game that is gigabytes.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gravitar_dqn import envs as games
+from gravitar_dqn.config import Config, UserError, from_dict, to_dict
+from gravitar_dqn.evaluation import Policy, load_q_network, play_games
+from gravitar_dqn.tracking import Console, Episode, warn
+
+
+class VideoError(Exception):
+    """A film could not be made; the message says why and what would do."""
+
+
+@contextlib.contextmanager
+def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint8]], None]]:
+    """A function that appends pictures (height, width, 3) uint8 to the mp4 `path`, which appears when it is whole."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise VideoError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part.mp4")
+    writer: Any = None
+
+    def append(picture: npt.NDArray[np.uint8]) -> None:
+        nonlocal writer
+        if writer is None:
+            height, width = picture.shape[:2]
+            writer = imageio_ffmpeg.write_frames(
+                str(aside), (width, height), fps=fps, quality=6, macro_block_size=2, ffmpeg_log_level="error"
+            )
+            writer.send(None)
+        writer.send(np.ascontiguousarray(picture))
+
+    try:
+        yield append
+        if writer is not None:
+            writer.close()
+            aside.replace(path)
+    except OSError as error:
+        raise VideoError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
+    finally:
+        if writer is not None:
+            writer.close()
+        aside.unlink(missing_ok=True)
+
+
+def record_game(config: Config, q_network: nn.Module, path: Path, *, epsilon: float, seed: int) -> float:
+    """Play one whole game on the CPU, film it to `path`, and return its score. VideoError when it cannot be filmed."""
+    env, fps = games.make_recorded_env(config.env, lambda picture: append(picture))
+    try:
+        with mp4_writer(path, fps) as append:
+            policy = Policy(config, q_network, games.frame_of(env), 1, epsilon=epsilon, seed=seed)
+            return play_games(env, policy, 1, seed)[0]
+    except ImportError as error:
+        raise VideoError(f"no video: {error}") from None
+    except Exception as error:
+        if type(error).__module__.startswith("gymnasium"):  # a renderer that is not installed
+            raise VideoError(f"no video: {' '.join(str(error).split())}") from None
+        raise
+    finally:
+        env.close()
+
+
+class Recorder:
+    """Films a game with the present policy after every `video_every` episodes, in another process.
+
+    While a game is being filmed further ones are skipped: training never waits. A failure is one warning, and the
+    run goes on without videos.
+    """
+
+    def __init__(self, config: Config, home: Path, agent: Any, console: Console) -> None:
+        self._config, self._home, self._agent, self._console = config, home, agent, console
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._busy = False
+        self._enabled = config.video_every > 0
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def step(self, episodes: list[Episode]) -> None:
+        """Collect a finished film; order the next one when an episode calls for it."""
+        if not self._enabled:
+            return
+        if self._busy:
+            self._collect()
+        for episode in episodes:
+            if episode.number % self._config.video_every == 0 and not self._busy and self._enabled:
+                self._order(episode.number)
+
+    def _order(self, number: int) -> None:
+        try:
+            if self._process is None:
+                self._start()
+            assert self._scratch is not None and self._process is not None and self._process.stdin is not None
+            weights = Path(self._scratch.name) / "q_network.pt"
+            torch.save(self._agent.q_network.state_dict(), weights)
+            order = {
+                "config": to_dict(self._config),
+                "weights": str(weights),
+                "home": str(self._home),
+                "number": number,
+                "epsilon": self._agent.epsilon,
+                "seed": self._config.seed + number,
+            }
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            self._busy = True
+        except OSError as error:
+            self._give_up(f"no more videos: {error}")
+
+    def _start(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="gravitar_dqn_")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gravitar_dqn.recording"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the training process
+        )
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+
+    def _listen(self, answers: Any) -> None:
+        for line in answers:
+            self._answers.put(json.loads(line))
+        self._answers.put({"error": "no more videos: the recording process ended"})
+
+    def _collect(self, timeout: float = 0.0) -> None:
+        try:
+            answer = self._answers.get(timeout=timeout) if timeout else self._answers.get_nowait()
+        except queue.Empty:
+            return
+        self._busy = False
+        if "error" in answer:
+            self._give_up(answer["error"])
+        else:
+            self._console.video(answer["number"], answer["score"])
+
+    def _give_up(self, reason: str) -> None:
+        warn(reason)
+        self._enabled = False
+
+    def close(self) -> None:
+        """Wait a little for a film in the making, then end the process."""
+        if self._process is None:
+            return
+        if self._busy:
+            self._collect(timeout=15.0)
+        self._process.kill()
+        self._process.wait()
+        assert self._scratch is not None
+        self._scratch.cleanup()
+
+
+def _film(order: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one order of a Recorder."""
+    config, home, number = from_dict(order["config"]), Path(order["home"]), order["number"]
+    try:
+        q_network = load_q_network(config, torch.load(order["weights"], map_location="cpu", weights_only=True))
+        path = home / f"episode_{number:06d}.mp4"
+        score = record_game(config, q_network, path, epsilon=order["epsilon"], seed=order["seed"])
+        path.replace(home / f"episode_{number:06d}_score_{score:.0f}.mp4")
+    except (VideoError, UserError, OSError) as error:
+        return {"error": str(error)}
+    return {"number": number, "score": score}
+
+
+def main() -> None:
+    """The recording process: an order a line on standard input, an answer a line on standard output."""
+    with contextlib.suppress(OSError):
+        os.nice(10)  # training comes first
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is not an answer
+    for line in io.TextIOWrapper(sys.stdin.buffer):
+        answers.write(json.dumps(_film(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The replay buffer: a ring of single frames on the device.
+
+One row per step of the vector environment; row t holds the frame that was seen, the action taken on it, what
+that action earned, and whether it ended the game. Stacks and n-step windows are index arithmetic over rows.
+
+    row            ...   t-1      t      t+1     t+2   ...
+    frame               s_t-1    s_t   s_end   s_0        of one environment whose game ends at t
+    action              a_t-1    a_t    dummy   a_0       Gymnasium's NEXT_STEP autoreset plays no action at t+1
+    reward              r_t-1    r_t     0      r_0
+
+The frame after a game's end is kept, because a time-out bootstraps from it; its row is never sampled.
+A row can be sampled exactly when its `weights` entry is above zero, so every rule about the write cursor, the
+window's length, the stack's depth and dummy rows is decided once, when a row is written.
+Deep in-GPU replay: Parr 2018 (arXiv 1801.03138). Priorities: Schaul 2015 (arXiv 1511.05952).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from line_profiler import profile
+from torch import Tensor
+
+from gravitar_dqn.config import UserError
+from gravitar_dqn.returns import window_steps
+
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sampled windows of n steps. A window ends early at the end of its game; later entries are zero."""
+
+    obs: Tensor  # (B, *obs_shape)
+    actions: Tensor  # (B,) int64
+    rewards: Tensor  # (B, n) float32, raw score
+    int_rewards: Tensor  # (B, n) float32, as last stored
+    next_obs: Tensor  # (B, *obs_shape), what was seen `steps` later
+    steps: Tensor  # (B,) int64, rewards in the window
+    terminated: Tensor  # (B,) bool, the window ends in a termination
+    truncated: Tensor  # (B,) bool, the window ends in a time-out
+    rows: Tensor  # (B,) int64, flat position of the transition in the buffer
+    last_rows: Tensor  # (B,) int64, flat position of the window's last transition
+    probabilities: Tensor  # (B,) float64, of having been sampled
+
+
+class ReplayBuffer:
+    """Ring of transitions of `num_envs` environments that step together.
+
+    Args:
+        capacity: transitions that can be sampled when the ring is full; rounded up to whole rows.
+        frame_shape: shape of one observation without its stack, (84, 84) or (n,).
+        stack: frames in an observation; obs_shape is (stack, *frame_shape), or frame_shape itself for stack 1 vectors.
+        padding: what a stack holds before a game's first frame: "zero" frames, or "repeat" the first one.
+        priority_exponent: 0 samples uniformly; else probability ~ priority ** exponent.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        frame_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.uint8,
+        *,
+        stack: int = 4,
+        n_step: int = 1,
+        padding: Literal["zero", "repeat"] = "zero",
+        priority_exponent: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_envs, self.frame_shape, self.stack, self.n_step = num_envs, frame_shape, stack, n_step
+        self.obs_shape = frame_shape if len(frame_shape) == 1 and stack == 1 else (stack, *frame_shape)
+        self.padding, self.priority_exponent = padding, priority_exponent
+        self.device = torch.device(device)
+        self.num_rows = rows = num_rows(capacity, num_envs, stack, n_step)
+        self.capacity = (rows - self._margin) * num_envs
+
+        # The frame behind the last row stays zero: it is what a stack shows before a game's start.
+        self.frames = torch.zeros((rows * num_envs + 1, *frame_shape), dtype=dtype, device=self.device)
+        grid = (rows, num_envs)
+        self.actions = torch.zeros(grid, dtype=torch.uint8, device=self.device)
+        self.rewards = torch.zeros(grid, device=self.device)
+        self.int_rewards = torch.zeros(grid, device=self.device)
+        self.terminations = torch.zeros(grid, dtype=torch.bool, device=self.device)
+        self.truncations = torch.zeros(grid, dtype=torch.bool, device=self.device)
+        self.playable = torch.zeros(grid, dtype=torch.bool, device=self.device)  # an action was really played
+        self.ages = torch.zeros(grid, dtype=torch.uint8, device=self.device)  # frames since the start, up to stack - 1
+        self.weights = torch.zeros(grid, device=self.device)  # priority ** exponent where sampleable, else 0
+        self.row_weights = torch.zeros(rows, dtype=torch.float64, device=self.device)
+        self.max_weight = torch.ones((), device=self.device)
+
+        self._cursor = -1  # the row of the newest frame, whose action is still to come
+        self._written = 0  # rows ever begun
+        self._played = np.zeros(rows, dtype=np.int64)  # played actions in each row
+        self._ages = np.zeros(num_envs, dtype=np.int64)  # of the newest frames
+        self._env_index = torch.arange(num_envs, device=self.device)
+        self._offsets = torch.arange(stack - 1, -1, -1, device=self.device)
+        self._window = torch.arange(n_step, device=self.device)
+
+    @property
+    def _margin(self) -> int:
+        """Rows around the cursor that cannot be sampled when the ring is full."""
+        return self.n_step + self.stack - 1
+
+    def __len__(self) -> int:
+        """Stored transitions: actions played whose rows are still in the ring, `capacity` at most."""
+        return min(int(self._played.sum()), self.capacity)
+
+    @property
+    def full(self) -> bool:
+        """The ring has begun to overwrite its oldest row."""
+        return self._written >= self.num_rows
+
+    @property
+    def fill(self) -> float:
+        """Share of the ring's rows that hold data."""
+        return min(self._written / self.num_rows, 1.0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    # ---------------------------------------------------------------- writing
+
+    def begin(self, obs: npt.NDArray[Any]) -> None:
+        """Start every environment anew with the frames `obs` (num_envs, *frame_shape).
+
+        What was stored stays. A game that was under way counts as cut off (truncated) at its last frame.
+        """
+        if self._written:
+            previous = (self._cursor - 1) % self.num_rows
+            self.truncations[previous] |= self.playable[previous] & ~self.terminations[previous]
+            self.playable[self._cursor] = False
+            self._played[self._cursor] = 0
+        self._ages[:] = 0
+        self._advance(obs)
+
+    @profile
+    def put(
+        self,
+        actions: Tensor,
+        rewards: npt.NDArray[Any],
+        terminations: Bools,
+        truncations: Bools,
+        next_obs: npt.NDArray[Any],
+        played: Bools,
+    ) -> None:
+        """Store what the actions on the newest frames led to, and the frames that came of them.
+
+        actions (num_envs,) int64 on the device; rewards, terminations, truncations (num_envs,); next_obs (num_envs,
+        *frame_shape). `played` (num_envs,) is false where this was the dummy step after a game's end: there the
+        frame is a new game's first.
+        """
+        packed = np.stack([rewards, terminations & played, truncations & played, played]).astype(np.float32)
+        columns = torch.from_numpy(packed).to(self.device)  # one small transfer for all of them
+        row = self._cursor
+        self.actions[row] = actions
+        self.rewards[row] = columns[0]
+        self.terminations[row], self.truncations[row], self.playable[row] = columns[1:].bool()
+        self.int_rewards[row] = 0
+        self._played[row] = played.sum()
+        self._ages = np.where(played, np.minimum(self._ages + 1, self.stack - 1), 0)
+        self._advance(next_obs)
+
+    def _advance(self, obs: npt.NDArray[Any]) -> None:
+        """Move the cursor to the next row, write the newest frames there, and keep the weights true."""
+        self._cursor = row = (self._cursor + 1) % self.num_rows
+        self._written += 1
+        first = row * self.num_envs
+        frames = torch.from_numpy(np.ascontiguousarray(obs)).view(self.num_envs, *self.frame_shape)
+        self.frames[first : first + self.num_envs].copy_(frames)
+        self.ages[row] = torch.from_numpy(self._ages.astype(np.uint8)).to(self.device)
+        self.playable[row] = False
+        self._played[row] = 0
+        # The new frames took the place of the oldest row, which the stacks of the next rows reached into.
+        for stale in range(self.stack):
+            self._set_weights((row + stale) % self.num_rows, 0.0)
+        if self._written > self.n_step:  # the row whose window these frames complete
+            ready = (row - self.n_step) % self.num_rows
+            self._set_weights(ready, self.max_weight * self.playable[ready])
+
+    def _set_weights(self, row: int, weights: Tensor | float) -> None:
+        self.weights[row] = weights
+        self.row_weights[row] = self.weights[row].sum(dtype=torch.float64)
+
+    def set_int_rewards(self, int_rewards: Tensor) -> None:
+        """Store the curiosity bonus (num_envs,) of the step that `put` stored last."""
+        self.int_rewards[(self._cursor - 1) % self.num_rows] = int_rewards
+
+    def refresh_int_rewards(self, rows: Tensor, int_rewards: Tensor) -> None:
+        """Replace stored bonuses (B,) at flat positions `rows` (B,), such as `Batch.last_rows`."""
+        self.int_rewards.view(-1)[rows] = int_rewards
+
+    def update_priorities(self, rows: Tensor, priorities: Tensor) -> None:
+        """Set the priorities (B,), above zero, of flat positions `rows` (B,) that were just sampled."""
+        if self.priority_exponent == 0:
+            return
+        weights = priorities.float() ** self.priority_exponent * (self.weights.view(-1)[rows] > 0)
+        self.weights.view(-1)[rows] = weights
+        touched = torch.div(rows, self.num_envs, rounding_mode="floor")
+        self.row_weights[touched] = self.weights[touched].sum(dim=1, dtype=torch.float64)
+        self.max_weight = torch.maximum(self.max_weight, weights.max())
+
+    # ---------------------------------------------------------------- reading
+
+    def latest(self) -> Tensor:
+        """The newest observation of every environment, (num_envs, *obs_shape)."""
+        return self._stacks(self._cursor * self.num_envs + self._env_index)
+
+    def latest_frames(self) -> Tensor:
+        """The newest frame of every environment, (num_envs, *frame_shape), without a copy."""
+        first = self._cursor * self.num_envs
+        return self.frames[first : first + self.num_envs]
+
+    @property
+    def num_sampleable(self) -> Tensor:
+        """How many transitions can be sampled, a scalar on the device."""
+        return (self.weights > 0).sum()
+
+    @profile
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
+        """Draw `batch_size` windows with replacement, each with probability weight / sum of weights."""
+        rows, probabilities = self._draw(batch_size, generator)
+        time, env = torch.div(rows, self.num_envs, rounding_mode="floor"), rows % self.num_envs
+        window = (time[:, None] + self._window) % self.num_rows * self.num_envs + env[:, None]  # (B, n)
+        terminations, truncations = self.terminations.view(-1)[window], self.truncations.view(-1)[window]
+        steps = window_steps(terminations | truncations)
+        inside = self._window < steps[:, None]
+        last_rows = window.gather(1, steps[:, None] - 1).squeeze(1)
+        next_rows = (last_rows + self.num_envs) % (self.num_rows * self.num_envs)
+        return Batch(
+            obs=self._stacks(rows),
+            actions=self.actions.view(-1)[rows].long(),
+            rewards=self.rewards.view(-1)[window] * inside,
+            int_rewards=self.int_rewards.view(-1)[window] * inside,
+            next_obs=self._stacks(next_rows),
+            steps=steps,
+            terminated=(terminations & inside).any(dim=1),
+            truncated=(truncations & inside).any(dim=1),
+            rows=rows,
+            last_rows=last_rows,
+            probabilities=probabilities,
+        )
+
+    def _draw(self, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Flat positions (B,) and their probabilities: prefix sum and search, first over rows, then within one."""
+        draws = torch.rand(2, batch_size, dtype=torch.float64, device=self.device, generator=generator)
+        by_row = self.row_weights.cumsum(0)
+        total = by_row[-1]
+        row = torch.searchsorted(by_row, draws[0] * total, right=True).clamp_(max=self.num_rows - 1)
+        weights = self.weights[row].double()  # (B, num_envs)
+        by_env = weights.cumsum(1)
+        env = torch.searchsorted(by_env, (draws[1] * by_env[:, -1]).unsqueeze(1), right=True).clamp_(
+            max=self.num_envs - 1
+        )
+        probabilities = weights.gather(1, env).squeeze(1) / total
+        return row * self.num_envs + env.squeeze(1), probabilities
+
+    def _stacks(self, rows: Tensor) -> Tensor:
+        """Observations (B, *obs_shape) whose newest frames lie at flat positions `rows` (B,)."""
+        if self.stack > 1:
+            ages = self.ages.view(-1)[rows].unsqueeze(1).long()
+            back = self._offsets.expand(len(rows), -1)
+            if self.padding == "repeat":
+                back = torch.minimum(back, ages)
+            index = (rows[:, None] - back * self.num_envs) % (self.num_rows * self.num_envs)
+            rows = torch.where(back <= ages, index, self.num_rows * self.num_envs).view(-1)
+        return self.frames.index_select(0, rows).view(-1, *self.obs_shape)
+
+    # ---------------------------------------------------------------- keeping
+
+    def check_valid(self) -> None:
+        """Raise AssertionError where the buffer's own bookkeeping contradicts itself. For tests."""
+        assert not self.frames[-1].any(), "the padding frame was written"
+        assert torch.allclose(self.row_weights, self.weights.sum(1, dtype=torch.float64)), "row sums are stale"
+        sampleable = self.weights > 0
+        assert not (sampleable & ~self.playable).any(), "a row without an action can be sampled"
+        for distance in range(-self.n_step + 1, self.stack):
+            assert not sampleable[(self._cursor + distance) % self.num_rows].any(), "a window straddles the cursor"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = (
+            "frames actions rewards int_rewards terminations truncations playable ages weights row_weights max_weight"
+        )
+        return {name: getattr(self, name) for name in names.split()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything stored, for `torch.save`; tensors are shared with the buffer."""
+        state: dict[str, Any] = dict(self._tensors())
+        state |= {"cursor": self._cursor, "written": self._written, "played": torch.from_numpy(self._played)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; ValueError when its shapes are not this buffer's. Then call `begin`."""
+        for name, tensor in self._tensors().items():
+            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
+                raise ValueError(f"replay {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+        self._cursor, self._written = int(state["cursor"]), int(state["written"])
+        self._played = state["played"].numpy().copy()
+
+
+def num_rows(capacity: int, num_envs: int, stack: int, n_step: int) -> int:
+    """Rows of a ring from which `capacity` transitions can be sampled."""
+    return -(-capacity // num_envs) + n_step + stack - 1
+
+
+def bytes_per_transition(frame_shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """One frame and what goes with it: action, flags and age a byte each, rewards and weight four."""
+    return int(np.prod(frame_shape)) * dtype.itemsize + 5 * 1 + 3 * 4
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory free for tensors on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_memory(
+    capacity: int, num_envs: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> str:
+    """A line with the buffer's size, to print before it is allocated; UserError when it would not fit."""
+    each, free = bytes_per_transition(frame_shape, dtype), available_bytes(device)
+    # A tenth is left for networks and activations.
+    fits = int(free * 0.9) // each
+    if capacity > fits:
+        raise UserError(
+            f"a replay buffer of {capacity} transitions needs {capacity * each / 2**30:.1f} GiB, but {device} has "
+            f"{free / 2**30:.1f} GiB free: --agent.buffer-size {fits // 1000 * 1000} would fit"
+        )
+    return f"replay buffer: {capacity} transitions of {each} bytes, {capacity * each / 2**30:.2f} GiB on {device}"

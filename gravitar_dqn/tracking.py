@@ -1,0 +1,256 @@
+"""What a run tells while it trains: console lines, a progress line, `metrics.csv` and `episodes.csv`.
+
+Standard output carries only the console lines, whose forms other programs parse; all else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from gravitar_dqn.config import Config
+
+FRAMES_PER_STEP = 4
+METRICS = (
+    "wall_seconds global_step frames num_updates episodes sps return_mean return_min return_max int_reward_mean "
+    "epsilon td_loss rnd_loss q_mean buffer_fill int_reward_max samples_per_second"
+).split()
+EPISODES = "global_step episodic_return episodic_length".split()
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished game."""
+
+    number: int  # counted from 0
+    global_step: int  # when it ended
+    episodic_return: float  # raw score
+    episodic_length: int  # agent steps
+
+
+class Observer(Protocol):
+    """Something that follows a run. It must not slow it down."""
+
+    def step(self, episodes: list[Episode]) -> None:
+        """Called after every step of the vector environment with the games that it finished."""
+
+    def close(self) -> None:
+        """Called once at the end, also after an error."""
+
+
+class TrackedAgent(Protocol):
+    """What the observers read of an agent."""
+
+    global_step: int
+    episodes: int
+    num_updates: int
+    messages: list[str]
+
+    @property
+    def epsilon(self) -> float:
+        """Probability of a random action."""
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call."""
+
+
+def warn(message: str) -> None:
+    """One line on standard error, above the progress line."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+class CsvLog:
+    """A CSV file that only ever holds whole rows. A disk that is full costs a warning; rows wait and are tried again.
+
+    On resume, rows beyond `last_step` (column global_step) are dropped: they will be played again.
+    """
+
+    def __init__(self, path: Path, columns: list[str], last_step: int | None = None) -> None:
+        self.path, self.columns = path, columns
+        self._pending: list[bytes] = []
+        self._warned = False
+        kept = self._kept(last_step) if last_step is not None and path.exists() else []
+        aside = path.with_suffix(".tmp")
+        aside.write_bytes(b"".join([self._line(columns), *kept]))
+        aside.replace(path)
+        self._size = path.stat().st_size
+
+    def _kept(self, last_step: int) -> list[bytes]:
+        with self.path.open(newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if header != self.columns:
+            return []
+        column = header.index("global_step")
+        whole = [row for row in rows if len(row) == len(header) and row[column].isdecimal()]
+        return [self._line(row) for row in whole if int(row[column]) <= last_step]
+
+    @staticmethod
+    def _line(values: Iterable[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        return text.getvalue().encode()
+
+    def add(self, values: Iterable[Any]) -> None:
+        """Remember a row for the next `flush`."""
+        self._pending.append(self._line(values))
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY)
+            try:
+                os.lseek(descriptor, self._size, os.SEEK_SET)
+                written = os.write(descriptor, data)
+                if written < len(data):  # the disk filled up half-way
+                    os.ftruncate(descriptor, self._size)
+                    raise OSError("no space left")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self._warned:
+                warn(f"{self.path} cannot be written ({error}): rows are kept and tried again")
+            self._warned = True
+            return
+        self._size += len(data)
+        self._pending.clear()
+        self._warned = False
+
+
+class Tracker:
+    """Writes a row of `metrics.csv` every `log_seconds` and a row of `episodes.csv` for every game."""
+
+    def __init__(self, run_dir: Path, config: Config, agent: TrackedAgent, state: dict[str, Any] | None = None) -> None:
+        self._config, self._agent = config, agent
+        self._columns = METRICS
+        self._returns: deque[float] = deque(state["returns"] if state else (), maxlen=100)
+        last_step = agent.global_step if state else None
+        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step)
+        self._episodes = CsvLog(run_dir / "episodes.csv", EPISODES, last_step)
+        self._wall_before = float(state["wall_seconds"]) if state else 0.0
+        self._start = self._last = time.monotonic()
+        self._last_step, self._last_updates = agent.global_step, agent.num_updates
+        self._bar = tqdm(
+            total=config.total_steps,
+            initial=agent.global_step,
+            unit=" steps",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+        )
+
+    @property
+    def wall_seconds(self) -> float:
+        """Training time, that of earlier sessions of a resumed run included."""
+        return self._wall_before + time.monotonic() - self._start
+
+    def step(self, episodes: list[Episode]) -> None:
+        """Note finished games; write a row when it is time."""
+        for episode in episodes:
+            self._returns.append(episode.episodic_return)
+            self._episodes.add([episode.global_step, f"{episode.episodic_return:g}", episode.episodic_length])
+        if time.monotonic() - self._last >= self._config.log_seconds:
+            self._tick()
+
+    def _tick(self) -> None:
+        now, agent = time.monotonic(), self._agent
+        seconds = max(now - self._last, 1e-9)
+        steps, updates = agent.global_step - self._last_step, agent.num_updates - self._last_updates
+        scores = np.array(self._returns) if self._returns else np.array([math.nan])
+        row = {
+            "wall_seconds": round(self.wall_seconds, 3),
+            "global_step": agent.global_step,
+            "frames": agent.global_step * FRAMES_PER_STEP,
+            "num_updates": agent.num_updates,
+            "episodes": agent.episodes,
+            "sps": round(steps / seconds, 1),
+            "return_mean": scores.mean(),
+            "return_min": scores.min(),
+            "return_max": scores.max(),
+            "samples_per_second": round(updates * self._config.agent.batch_size / seconds, 1),
+            **agent.metrics(),
+        }
+        self._metrics.add([_cell(row[name]) for name in self._columns])
+        self._metrics.flush()
+        self._episodes.flush()
+        self._bar.update(steps)
+        if self._returns:
+            self._bar.set_postfix_str(f"games {agent.episodes}, mean score {scores.mean():.0f}", refresh=False)
+        self._last, self._last_step, self._last_updates = now, agent.global_step, agent.num_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint. What was told so far is written out first, so that the files and it agree."""
+        self._episodes.flush()
+        self._metrics.flush()
+        return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
+
+    def close(self) -> None:
+        """Write the last row."""
+        if self._agent.global_step > self._last_step:
+            self._tick()
+        self._episodes.flush()
+        self._bar.close()
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}" if abs(value) < 1e6 else f"{value:.3f}"
+
+
+class Console:
+    """The lines that other programs parse, to the letter."""
+
+    def __init__(self, agent: TrackedAgent, state: dict[str, Any] | None = None) -> None:
+        self._agent = agent
+        self._since_mark: list[float] = list(state["since_mark"]) if state else []
+        self._best: tuple[float, int] = (state["best"][0], state["best"][1]) if state else (-math.inf, 0)
+
+    def step(self, episodes: list[Episode]) -> None:
+        """Print what the finished games call for."""
+        for message in self._agent.messages:
+            self._print(message)
+        self._agent.messages.clear()
+        for episode in episodes:
+            self._episode(episode)
+
+    def _episode(self, episode: Episode) -> None:
+        number, score = episode.number, episode.episodic_return
+        self._since_mark.append(score)
+        if number % 5 == 0:
+            replay = getattr(self._agent, "replay", None)
+            fill = "" if replay is None or replay.full else f", buffer size: {len(replay)}"
+            self._print(f"episode: {number}, score: {score:.0f}, epsilon: {self._agent.epsilon:.3f}{fill}")
+        if number % 100 == 0:
+            mean, std = float(np.mean(self._since_mark)), float(np.std(self._since_mark))
+            self._print(f"marking, episode: {number}, score: {score:.1f}, mean_score: {mean:.2f}, std_score: {std:.2f}")
+            self._since_mark.clear()
+
+    def video(self, number: int, score: float) -> None:
+        """A recorded game is on the disk."""
+        if score > self._best[0]:
+            self._best = (score, number)
+        self._print(f"video: {number}, score: {score:.0f} (best {self._best[0]:.1f} at episode {self._best[1]})")
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"since_mark": self._since_mark, "best": list(self._best)}
+
+    def close(self) -> None:
+        """Nothing is left to print."""

@@ -1,0 +1,268 @@
+"""The loop, and a training run around it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from line_profiler import profile
+
+from gravitar_dqn import checkpoint
+from gravitar_dqn import envs as games
+from gravitar_dqn.agent import DQNAgent, choose_precision
+from gravitar_dqn.config import Config, UserError, to_dict
+from gravitar_dqn.dashboard import Dashboard
+from gravitar_dqn.recording import Recorder
+from gravitar_dqn.replay import plan_memory
+from gravitar_dqn.tracking import Console, Episode, Observer, TrackedAgent, Tracker, warn
+from gravitar_dqn.visdom_server import find_or_start_server
+
+Array = npt.NDArray[Any]
+
+
+class Agent(TrackedAgent, Protocol):
+    """What the loop asks of an agent. Arrays and shapes as in `DQNAgent`."""
+
+    def begin(self, obs: Array) -> None:
+        """Start with the frames of freshly reset environments."""
+
+    def act(self) -> torch.Tensor:
+        """Actions for the newest frames, on the device."""
+
+    def observe(
+        self,
+        actions: torch.Tensor,
+        rewards: Array,
+        terminations: Array,
+        truncations: Array,
+        next_obs: Array,
+        played: Array,
+    ) -> None:
+        """Take in one step of every environment."""
+
+    def update(self) -> int:
+        """Learn what is due; gives the number of gradient steps."""
+
+
+@profile
+def play(envs: Any, agent: Agent, seed: int) -> Iterator[list[Episode]]:
+    """Play and learn for ever; yields the games that each step of the vector environment finished.
+
+    Knows nothing of logs, checkpoints or the end. The step after a game's end is Gymnasium's NEXT_STEP reset: no
+    action is played there, so it counts neither as a step nor towards a score.
+    """
+    obs, _ = envs.reset(seed=seed)
+    agent.begin(obs)
+    number = agent.episodes
+    scores = np.zeros(envs.num_envs)
+    lengths = np.zeros(envs.num_envs, dtype=np.int64)
+    played = np.ones(envs.num_envs, dtype=np.bool_)
+    while True:
+        actions = agent.act()
+        on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point, the only one of a step
+        obs, rewards, terminations, truncations, _ = envs.step(on_host)
+        agent.observe(actions, rewards, terminations, truncations, obs, played)
+        agent.update()
+
+        scores += rewards * played
+        lengths += played
+        ended = (terminations | truncations) & played
+        finished = []
+        for i in np.flatnonzero(ended):
+            finished.append(Episode(number, agent.global_step, float(scores[i]), int(lengths[i])))
+            number += 1
+        scores[ended], lengths[ended] = 0.0, 0
+        played = ~ended
+        yield finished
+
+
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM, so that the run can save; the second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Stop:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Checkpointer:
+    """Saves the run every `checkpoint_minutes`. A full disk costs a warning, not the run."""
+
+    def __init__(self, run_dir: Path, config: Config, agent: DQNAgent, tracker: Tracker, console: Console) -> None:
+        self._run_dir, self._config = run_dir, config
+        self._agent, self._tracker, self._console = agent, tracker, console
+        self._due = time.monotonic() + 60 * config.checkpoint_minutes
+
+    def step(self, episodes: list[Episode]) -> None:
+        """Save when it is time."""
+        if time.monotonic() >= self._due:
+            self.save()
+
+    def save(self) -> bool:
+        """Write a checkpoint now; False, and a warning, when it could not be written."""
+        state = {
+            "config": to_dict(self._config),
+            "agent": self._agent.state_dict(replay=self._config.checkpoint_replay),
+            "tracker": self._tracker.state_dict(),
+            "console": self._console.state_dict(),
+        }
+        try:
+            checkpoint.save(self._run_dir, state, self._agent.global_step)
+        except OSError as error:
+            warn(f"{error}; the one before it stays")
+            return False
+        finally:
+            self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
+        return True
+
+    def close(self) -> None:
+        """The run saves by itself at its end."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name` (auto, cpu, cuda, cuda:N); UserError when it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): --device cpu works")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_config(run_dir: Path, config: Config, device: torch.device) -> None:
+    """config.json: all settings, and what they ran on."""
+    packages = "torch numpy gymnasium ale-py visdom".split()
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    record = {
+        "preset": config.preset,
+        "config": to_dict(config),
+        "versions": versions,
+        "commit": _commit(),
+        "device": describe_device(device),
+        "precision": choose_precision(config.precision, device),
+    }
+    aside = run_dir / "config.tmp"
+    aside.write_text(json.dumps(record, indent=2) + "\n")
+    aside.replace(run_dir / "config.json")
+
+
+def _commit() -> str:
+    """This source tree's commit, or nothing where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    return ""
+
+
+def build(config: Config) -> tuple[Any, DQNAgent]:
+    """The environments and a new agent for them, seeded. Prints the replay buffer's size before it is allocated."""
+    device = choose_device(config.device)
+    torch.manual_seed(config.seed)
+    envs = games.make_envs(config.env)
+    frame_shape, frame_dtype = games.frame_of(envs)
+    print(plan_memory(config.agent.buffer_size, config.env.num_envs, frame_shape, frame_dtype, device), file=sys.stderr)
+    return envs, DQNAgent(config, frame_shape, frame_dtype, games.num_actions_of(envs), device)
+
+
+def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
+    """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint."""
+    state = checkpoint.load(run_dir) if resume else None
+    envs, agent = build(config)
+    if state is not None:
+        try:
+            agent.load_state_dict(state["agent"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"the checkpoint in {run_dir} does not fit this configuration: {reason}") from None
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(run_dir, config, agent.device)
+
+    video_dir = Path(config.video_dir) / run_dir.name
+    tracker = Tracker(run_dir, config, agent, state and state["tracker"])
+    console = Console(agent, state and state["console"])
+    checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
+    observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]
+    note = "going on with" if resume else "run folder:"
+    print(f"{note} {run_dir}, on {describe_device(agent.device)}", file=sys.stderr)
+    dashboard = open_dashboard(config.dashboard, run_dir, video_dir)
+    try:
+        with Stop() as stop:
+            if state is None:
+                checkpointer.save()  # from now on a kill leaves something whole to resume from
+            for episodes in play(envs, agent, config.seed + agent.global_step):
+                for observer in observers:
+                    observer.step(episodes)
+                if stop.requested or finished(config, agent):
+                    break
+            saved = checkpointer.save()
+    finally:
+        for observer in observers:
+            observer.close()
+        if dashboard is not None:
+            dashboard.close()
+        envs.close()
+    if not finished(config, agent):
+        how = f"{Path(sys.argv[0]).name} --resume {run_dir}"
+        where = "saved" if saved else "NOT saved"
+        print(f"stopped at step {agent.global_step}, {where}; go on with: {how}", file=sys.stderr)
+
+
+def finished(config: Config, agent: TrackedAgent) -> bool:
+    """Whether the run has reached its end."""
+    return agent.global_step >= config.total_steps or 0 < config.total_episodes <= agent.episodes
+
+
+def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | None:
+    """The dashboard of a run, on a server of its choice; None, and a warning, when there can be none."""
+    if choice == "off":
+        return None
+    server = find_or_start_server() if choice == "auto" else choice
+    if server is None:
+        return None
+    dashboard = Dashboard(run_dir, server, video_dir=video_dir)
+    dashboard.start()
+    print(f"dashboard: {server}", file=sys.stderr)
+    return dashboard

@@ -1,0 +1,389 @@
+"""The dashboard's thread: what it draws, and that nothing a file or a server does stops it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, pretend_prepared, wait_until, write_run
+
+from gravitar_dqn import charts, dashboard
+from gravitar_dqn.charts import Board, Reduce, Trace
+from gravitar_dqn.dashboard import CsvTail, Dashboard, environment_name
+from gravitar_dqn.visdom_files import DashboardError
+
+REDUCE: dict[str, Callable[[list[float]], float]] = {"mean": lambda ys: math.fsum(ys) / len(ys), "max": max, "min": min}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    pretend_prepared(tmp_path / "cache")
+    server = Server(tmp_path / "cache")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def boards() -> Iterator[list[Dashboard]]:
+    """Dashboards to close at the end, whatever the test found."""
+    started: list[Dashboard] = []
+    yield started
+    for board in started:
+        board.close(1.0)
+
+
+def begin(boards: list[Dashboard], run_dir: Path, url: str, **more: Any) -> Dashboard:
+    board = Dashboard(run_dir, url, period=0.1, **more)
+    boards.append(board)
+    board.start()
+    return board
+
+
+# What a trace keeps.
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf, -math.inf]), max_size=150),
+    st.sampled_from(["mean", "max", "min"]),
+    st.sampled_from([2, 4, 10, 32]),
+)
+def test_trace_equals_buckets_of_the_whole_history(ys: list[float], reduce: Reduce, capacity: int) -> None:
+    trace = Trace(reduce, capacity)
+    for x, y in enumerate(ys):
+        trace.add(x, y)
+    kept = [(x, y) for x, y in enumerate(ys) if math.isfinite(y)]
+    size = 1
+    while len(kept) > size * capacity:
+        size *= 2
+    buckets = [kept[i : i + size] for i in range(0, len(kept), size)]
+    xs, values = trace.points()
+    assert trace.count == len(kept)
+    assert len(values) <= capacity
+    assert xs == pytest.approx([math.fsum(x for x, _ in bucket) / len(bucket) for bucket in buckets], rel=1e-6)
+    naive = [REDUCE[reduce]([y for _, y in bucket]) for bucket in buckets]
+    assert values == pytest.approx(naive, rel=1e-6, abs=0.1)  # eight digits of 1e6, and means of means
+
+
+# What is read of a file.
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**9), st.floats(allow_nan=False)), max_size=20), st.lists(st.integers(1, 40))
+)
+@settings(max_examples=60, deadline=None)
+def test_tail_reads_each_row_once_however_it_is_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, float]], cuts: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("tail") / "metrics.csv"
+    text = "global_step,td_loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in rows)
+    tail, seen, position = CsvTail(path), [], 0
+    for length in [*cuts, len(text)]:
+        with path.open("a") as file:
+            file.write(text[position : position + length])
+        position += length
+        seen += tail.read() or []
+    assert seen == [{"global_step": step, "td_loss": loss} for step, loss in rows]
+
+
+def test_tail_leaves_a_torn_line_and_takes_it_whole_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    tail = CsvTail(path)
+    assert tail.read() == []
+    path.write_text("a,b\n1,2\n3,")
+    assert tail.read() == [{"a": 1, "b": 2}]
+    assert tail.read() == []
+    path.write_text("a,b\n1,2\n3,\n5,x\n")
+    second, third = tail.read() or []
+    assert second["a"] == 3
+    assert third["a"] == 5
+    assert math.isnan(second["b"])
+    assert math.isnan(third["b"])
+
+
+@pytest.mark.parametrize("how", ["shortened", "replaced", "rewritten longer", "deleted"])
+def test_tail_notices_a_file_that_is_not_the_same(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("a\n1\n2\n3\n")
+    tail = CsvTail(path)
+    assert len(tail.read() or []) == 3
+    if how == "shortened":
+        path.write_text("a\n1\n")
+    elif how == "replaced":
+        (tmp_path / "new").write_text("a\n1\n2\n3\n")
+        (tmp_path / "new").rename(path)
+    elif how == "rewritten longer":
+        path.write_text("a\n1\n7\n8\n9\n")
+    else:
+        path.unlink()
+    assert tail.read() is None
+
+
+def test_tail_reads_a_long_history_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "CHUNK", 100)
+    path = tmp_path / "metrics.csv"
+    path.write_text("a\n" + "".join(f"{i}\n" for i in range(1000)))
+    tail, portions = CsvTail(path), []
+    while rows := tail.read():
+        portions.append([row["a"] for row in rows])
+    assert len(portions) > 30
+    assert [row for portion in portions for row in portion] == list(range(1000))
+
+
+# What is shown.
+
+
+def lines_of(board: Board, window: str) -> dict[str, tuple[list[float], list[float]]]:
+    pane = next(board.pane(chart) for chart in board.charts if chart.key == window)
+    return {trace["name"]: (trace["x"], trace["y"]) for trace in pane["data"]}
+
+
+def test_frames_and_percent_for_atari_and_steps_for_others() -> None:
+    row = {"global_step": 1000.0, "sps": 600.0, "buffer_fill": 0.25, "samples_per_second": 50.0}
+    atari, other = (Board({"preset": "x", "config": {"env": {"id": name}}}) for name in ("ALE/Pong-v5", "CartPole-v1"))
+    for board in (atari, other):
+        board.add("metrics", row)
+        assert lines_of(board, "buffer")["fill"][1] == [25]
+        assert lines_of(board, "speed")["samples/s learning"][1] == [50]
+    assert lines_of(atari, "speed")["frames/s acting"] == ([4000], [2400])
+    assert lines_of(other, "speed")["steps/s acting"] == ([1000], [600])
+    assert (atari.xlabel, other.xlabel) == ("frames", "environment steps")
+
+
+def test_notebook_marks_average_max_and_min_every_hundred_episodes() -> None:
+    board = Board({"preset": "notebook"})
+    for score in range(201):
+        board.add("episodes", {"episodic_return": float(score)})
+    board.add("metrics", {"global_step": 9e9, "episodes": 200, "rnd_loss": 0.5})
+    assert [chart.title for chart in board.charts] == [
+        "Score",
+        "Average Intrinsic Reward",
+        "Epsilon",
+        "RND Loss",
+        "Network Loss",
+        "Expected Return",
+    ]
+    scores = lines_of(board, "score")
+    assert list(scores) == ["val", "average", "max", "min"]
+    assert scores["val"] == (list(range(201)), list(range(201)))
+    assert scores["average"] == ([0, 100, 200], [0, 50.5, 150.5])
+    assert scores["max"] == ([0, 100, 200], [0, 100, 200])
+    assert scores["min"] == ([0, 100, 200], [0, 1, 101])
+    assert lines_of(board, "rnd_loss")["loss"] == ([200], [0.5])
+
+
+def test_panes_are_strict_json_whatever_the_cells_hold() -> None:
+    board = Board({})
+    board.add("metrics", {"global_step": 1, "td_loss": math.inf, "rnd_loss": math.nan, "q_mean": -math.inf})
+    board.add("metrics", {"global_step": math.nan, "td_loss": 1.0})
+    for chart in board.charts:
+        json.dumps(board.pane(chart), allow_nan=False)
+    assert lines_of(board, "loss") == {"TD": ([], []), "RND predictor": ([], [])}
+
+
+def test_settings_are_escaped_and_tell_runs_apart_first() -> None:
+    settings = {
+        "config": {"a": {"b": "<script>1</script>"}, "seed": 7},
+        "commit": "<i>",
+        "device": "cpu",
+        "preset": "p",
+    }
+    content = charts.settings_pane(settings)["data"][0]["content"]
+    assert "<script>" not in content
+    assert "&lt;script&gt;" in content
+    places = [content.index(f">{name}<") for name in ("preset", "seed", "device", "commit", "a.b")]
+    assert places == sorted(places)
+
+
+def test_environment_names_are_safe_and_never_shared() -> None:
+    names = [
+        environment_name(Path(name)) for name in ("a_b", "a-b", "x/a_b", "main", "é+ü", "ALE/G__p__1__2", ".hidden")
+    ]
+    assert len(set(names)) == len(names)
+    assert "main" not in names
+    assert all(set(name).isdisjoint("_/+ ") and name.isascii() and name[0].isalnum() for name in names)
+    assert environment_name(Path("a_b")) == environment_name(Path.cwd() / "a_b")
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "http://", "http://x:y", "http://x:0", ""])
+def test_a_bad_address_is_named(tmp_path: Path, address: str) -> None:
+    with pytest.raises(DashboardError, match="is not a server's address"):
+        Dashboard(tmp_path, address)
+
+
+# With a server.
+
+
+def test_history_comes_back_after_the_server_was_killed(
+    tmp_path: Path, server: Server, boards: list[Dashboard]
+) -> None:
+    run = write_run(tmp_path / "run", 2000)
+    board = begin(boards, run, server.url)
+    wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
+    before = server.trace(board.environment, "epsilon", "epsilon")
+    assert len(before[0]) == 500  # 2000 ticks in buckets of 4
+    server.kill()
+    append_metrics(run, *range(2000, 2400))
+    time.sleep(0.3)
+    server.start()
+    wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
+    xs, ys = server.trace(board.environment, "epsilon", "epsilon")
+    assert len(xs) == 600
+    assert (xs[:500], ys[:500]) == before
+    assert xs[-1] == pytest.approx(4 * 2398.5 * 1000)
+
+
+def test_a_stopped_server_holds_nobody_and_drawing_goes_on_after_it(
+    tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "READ_TIMEOUT", 0.5)
+    run = write_run(tmp_path / "run", 10)
+    board, other = begin(boards, run, server.url), begin(boards, run, server.url)
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 10)
+    server.signal(signal.SIGSTOP)
+    try:
+        append_metrics(run, 10)
+        time.sleep(1.2)  # longer than the read timeout
+        started = time.monotonic()
+        other.close(0.3)
+        assert time.monotonic() - started < 0.6
+    finally:
+        server.signal(signal.SIGCONT)
+    append_metrics(run, 11)
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 12)
+
+
+def test_close_draws_the_last_rows_and_saves_them(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
+    run = write_run(tmp_path / "run", 10)
+    board = Dashboard(run, server.url, period=1000)
+    boards.append(board)
+    board.start()
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 10)
+    append_metrics(run, 10)
+    board.close()
+    assert len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 11
+    server.kill()
+    server.start()  # a finished run is still there
+    assert len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 11
+
+
+def test_a_resume_that_cuts_the_files_is_drawn_anew(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
+    run = write_run(tmp_path / "run", 100)
+    board = begin(boards, run, server.url)
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 100)
+    write_run(run, 60)
+    append_metrics(run, 60)
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 61)
+    assert server.trace(board.environment, "epsilon", "epsilon")[0][-1] == 4 * 61_000
+
+
+def test_files_may_appear_late_and_lines_in_halves(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
+    board = begin(boards, tmp_path / "run", server.url, video_dir=tmp_path / "videos")
+    wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
+    run = write_run(tmp_path / "run", 5)
+    with (run / "metrics.csv").open("a") as file:
+        file.write(metrics_row(5)[:30])
+        file.flush()
+        wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 5)
+        file.write(metrics_row(5)[30:] + "\n")
+    wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 6)
+    assert server.trace(board.environment, "loss", "TD")[1][5] == pytest.approx(float(metrics_row(5).split(",")[11]))
+
+
+def test_runs_side_by_side_and_other_peoples_windows(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
+    foreign = {"data": [{"type": "text", "content": "mine"}], "win": "score", "layout": {}, "opts": {}}
+    for environment in ("main", "somebody", "run"):
+        server.post("events", {**foreign, "eid": environment})
+    one = begin(boards, write_run(tmp_path / "a" / "run", 10), server.url)
+    two = begin(boards, write_run(tmp_path / "b" / "run", 20, env_id="CartPole-v1"), server.url)
+    wait_until(lambda: len(server.trace(one.environment, "epsilon", "epsilon")[0]) == 10)
+    wait_until(lambda: len(server.trace(two.environment, "epsilon", "epsilon")[0]) == 20)
+    assert server.trace(one.environment, "epsilon", "epsilon")[0][-1] == 40_000
+    assert server.trace(two.environment, "epsilon", "epsilon")[0][-1] == 20_000
+    one.close()
+    two.close()
+    assert set(server.post("env_state", {})) == {"main", "somebody", "run", one.environment, two.environment}
+    for environment in ("main", "somebody", "run"):
+        assert [held["content"] for held in server.windows(environment).values()] == ["mine"]
+
+
+def test_the_newest_video_of_bearable_size_is_shown(
+    tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "LARGEST_VIDEO", 10)
+    videos = tmp_path / "videos"
+    board = begin(boards, write_run(tmp_path / "run", 5), server.url, video_dir=videos)
+    wait_until(lambda: "no game has been" in str(server.windows(board.environment).get("video")))
+    videos.mkdir()
+    for age, (name, size) in enumerate(
+        [
+            ("episode_000050_score_-21.0.mp4", 10),
+            ("episode_000025_score_700.mp4", 5),
+            ("episode_000075_score_9.mp4", 11),
+            ("a.mp4", 3),
+        ]
+    ):
+        (videos / name).write_bytes(b"m" * size)
+        os.utime(videos / name, (1e9 - age, 1e9 - age))
+    wait_until(lambda: "episode 50, score -21.0" in str(server.windows(board.environment)["video"]))
+    (videos / "episode_000100_score_800.mp4").write_bytes(b"m")
+    wait_until(lambda: "episode 100, score 800" in str(server.windows(board.environment)["video"]))
+
+
+# Without one.
+
+
+def test_no_server_costs_nothing_and_is_said_once(
+    tmp_path: Path, boards: list[Dashboard], capfd: pytest.CaptureFixture[str]
+) -> None:
+    board = Dashboard(write_run(tmp_path / "run", 5), "http://127.0.0.1:9", period=0.01)
+    boards.append(board)
+    board.start()
+    time.sleep(0.6)
+    started = time.monotonic()
+    board.close()
+    assert time.monotonic() - started < 1
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("warning: the dashboard is not drawn yet: http://127.0.0.1:9: ")
+
+
+def test_a_dashboard_that_never_started_can_be_closed(tmp_path: Path) -> None:
+    Dashboard(tmp_path, "127.0.0.1:9").close()
+
+
+@pytest.mark.parametrize(("status", "answer"), [(200, b"something else"), (500, b"score")])
+def test_windows_are_sent_again_until_the_server_takes_them(
+    tmp_path: Path, boards: list[Dashboard], status: int, answer: bytes
+) -> None:
+    asked: list[str] = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["win"])
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        begin(boards, write_run(tmp_path / "run", 5), f"http://127.0.0.1:{fake.server_port}")
+        wait_until(lambda: len(asked) >= 2)
+        fake.shutdown()
+    assert set(asked) == {"score"}
