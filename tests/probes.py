@@ -1,0 +1,108 @@
+"""Probe environments: each learnable only if one more part of the agent works, and each in seconds.
+
+After rejax's idea: constant reward; reward tells the observation; delayed reward; the action matters; both.
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+
+class Probe(gym.Env[np.ndarray, int]):
+    """A game of `length` steps with two actions and one number to see."""
+
+    length = 1
+    action_space = gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        self.sign = 1.0 if self.np_random.random() < 0.5 else -1.0
+        return self.see(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward = self.reward(action)
+        self.time += 1
+        return self.see(), reward, self.time == self.length, False, {}
+
+    def see(self) -> np.ndarray:
+        return np.zeros(1, dtype=np.float32)
+
+    def reward(self, action: int) -> float:
+        return 1.0
+
+
+class ConstantReward(Probe):
+    """Value 1."""
+
+
+class ObservedReward(Probe):
+    """Value equals the observation."""
+
+    def see(self) -> np.ndarray:
+        return np.array([self.sign], dtype=np.float32)
+
+    def reward(self, action: int) -> float:
+        return self.sign
+
+
+class DelayedReward(Probe):
+    """Two steps, rewarded at the end: value gamma, then 1."""
+
+    length = 2
+
+    def see(self) -> np.ndarray:
+        return np.array([float(self.time)], dtype=np.float32)
+
+    def reward(self, action: int) -> float:
+        return float(self.time)
+
+
+class ActionMatters(Probe):
+    """Action 1 earns 1, action 0 loses 1."""
+
+    def reward(self, action: int) -> float:
+        return 1.0 if action == 1 else -1.0
+
+
+class Both(ObservedReward):
+    """The action that matches the sign earns 1, the other loses 1."""
+
+    def reward(self, action: int) -> float:
+        return self.sign if action == 1 else -self.sign
+
+
+class TimeLimit(Probe):
+    """Cut off after every step: a time-out, which bootstraps. Value 1 / (1 - gamma)."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return self.see(), 1.0, False, True, {}
+
+
+class Remember(gym.Env[np.ndarray, int]):
+    """Pictures: a bright or dark one, then two grey ones. At the third the action must match the first.
+
+    Learnable only from a stack whose oldest frames are right, and that never reaches into the game before.
+    """
+
+    action_space = gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.time, self.bright = 0, bool(self.np_random.random() < 0.5)
+        return np.full((84, 84), 255 if self.bright else 60, dtype=np.uint8), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.time += 1
+        done = self.time == 3
+        reward = (1.0 if (action == 1) == self.bright else -1.0) if done else 0.0
+        return np.full((84, 84), 128, dtype=np.uint8), reward, done, False, {}
+
+
+def vector_of(env: type[gym.Env], num_envs: int) -> SyncVectorEnv:
+    """`num_envs` copies with NEXT_STEP autoreset."""
+    return SyncVectorEnv([env] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)

@@ -1,0 +1,310 @@
+"""The DQN agent: probe environments, its clocks, the notebook's habits, and what it remembers."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import probes
+from gravitar_dqn import envs as games
+from gravitar_dqn.agent import DQNAgent, choose_precision
+from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.training import play
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: Any) -> Config:
+    """A small learner; `changes` go to its DQNConfig."""
+    agent = DQNConfig(
+        buffer_size=1_000, learning_starts=100, batch_size=32, train_frequency=4, target_network_frequency=100,
+        learning_rate=2e-3, adam_epsilon=1e-8, gamma=0.5, n_step=1, reward_scale=1.0, priority_exponent=0.0,
+        epsilon_start=1.0, epsilon_end=1.0, epsilon_ladder=0.0,
+    )  # fmt: skip
+    return Config(
+        env=EnvConfig(num_envs=4), agent=replace(agent, **changes), rnd=RNDConfig(coef=0.0), precision="fp32", seed=1
+    )
+
+
+def build(config: Config, probe: type) -> tuple[Any, DQNAgent]:
+    torch.manual_seed(config.seed)
+    envs = probes.vector_of(probe, config.env.num_envs)
+    return envs, DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), CPU)
+
+
+def learn(config: Config, probe: type, steps: int) -> DQNAgent:
+    envs, agent = build(config, probe)
+    for _ in islice(play(envs, agent, config.seed), steps):
+        pass
+    return agent
+
+
+def q(agent: DQNAgent, *obs: float) -> torch.Tensor:
+    with torch.no_grad():
+        return agent.q_network(torch.tensor(obs).view(-1, 1))
+
+
+VARIANTS = {
+    "plain": {},
+    "double, 3 steps": {"n_step": 3},
+    "priorities": {"priority_exponent": 0.6},
+    "single": {"double_q": False},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_probe_constant_reward(changes: dict[str, Any]) -> None:
+    agent = learn(settings(**changes), probes.ConstantReward, 400)
+    torch.testing.assert_close(q(agent, 0.0), torch.ones(1, 2), atol=0.05, rtol=0)
+
+
+def test_probe_reward_tells_the_observation() -> None:
+    agent = learn(settings(), probes.ObservedReward, 500)
+    torch.testing.assert_close(q(agent, 1.0, -1.0), torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_probe_delayed_reward(changes: dict[str, Any]) -> None:
+    agent = learn(settings(**changes), probes.DelayedReward, 700)
+    torch.testing.assert_close(q(agent, 0.0, 1.0), torch.tensor([[0.5, 0.5], [1.0, 1.0]]), atol=0.1, rtol=0)
+
+
+def test_probe_action_matters() -> None:
+    agent = learn(settings(), probes.ActionMatters, 500)
+    torch.testing.assert_close(q(agent, 0.0), torch.tensor([[-1.0, 1.0]]), atol=0.1, rtol=0)
+
+
+def test_probe_action_and_observation() -> None:
+    agent = learn(settings(), probes.Both, 600)
+    torch.testing.assert_close(q(agent, 1.0, -1.0), torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), atol=0.15, rtol=0)
+
+
+def test_probe_time_out_bootstraps() -> None:
+    agent = learn(settings(), probes.TimeLimit, 700)
+    torch.testing.assert_close(q(agent, 0.0), torch.full((1, 2), 2.0), atol=0.15, rtol=0)  # 1 / (1 - 0.5)
+
+
+def test_probe_time_out_taken_for_a_death_as_the_notebook_did() -> None:
+    agent = learn(settings(time_limit_is_terminal=True), probes.TimeLimit, 500)
+    torch.testing.assert_close(q(agent, 0.0), torch.ones(1, 2), atol=0.1, rtol=0)
+
+
+def test_probe_remember_needs_the_stack() -> None:
+    config = settings(learning_rate=5e-4, batch_size=16, n_step=3, train_frequency=8)
+    envs, agent = build(config, probes.Remember)
+    for _ in islice(play(envs, agent, 1), 330):
+        pass
+    stacks = torch.full((2, 4, 84, 84), 128, dtype=torch.uint8)
+    stacks[:, 0] = 0  # before the game
+    stacks[0, 1], stacks[1, 1] = 255, 60
+    with torch.no_grad():
+        assert agent.q_network(stacks).argmax(1).tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------- clocks
+
+
+def test_gradient_steps_and_target_copies_follow_agent_steps() -> None:
+    config = settings(learning_starts=100, train_frequency=8, gradient_steps=3, target_network_frequency=60)
+    envs, agent = build(config, probes.DelayedReward)
+    seen: list[tuple[int, int, int]] = []
+    syncs = 0
+    for _ in islice(play(envs, agent, 1), 90):
+        syncs += agent.messages.count("Matching network values")
+        agent.messages.clear()
+        seen.append((agent.global_step, agent.num_updates, syncs))
+    first = next(step for step, updates, _ in seen if updates)
+    assert 100 < first <= 100 + 8 + 4
+    for step, updates, syncs in seen:
+        if step >= first:
+            assert updates % 3 == 0
+            assert abs(updates / 3 - (step - first) / 8 - 1) <= 1
+            assert syncs >= step // 60 - 1
+    # two of every three steps of a two-step game are played: the third is the reset
+    assert seen[-1][0] == 4 * 90 * 2 // 3
+
+
+def test_many_updates_catch_up_within_one_step_of_many_environments() -> None:
+    config = settings(train_frequency=1, learning_starts=20)
+    envs, agent = build(config, probes.TimeLimit)
+    for _ in islice(play(envs, agent, 1), 40):
+        pass
+    # 4 environments alternate a played step and a reset: 4 gradient steps a played step, none at a reset
+    assert agent.global_step == 80
+    assert agent.num_updates == 80 - 20
+
+
+def test_epsilon_falls_by_the_clock() -> None:
+    config = settings(epsilon_start=0.9, epsilon_end=0.1, epsilon_decay=80)
+    envs, agent = build(config, probes.TimeLimit)
+    values = []
+    for _ in islice(play(envs, agent, 1), 60):
+        values.append(agent.epsilon)
+    assert values[0] == pytest.approx(0.9 - 0.8 * 4 / 80)
+    assert values[-1] == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------- the notebook
+
+
+def notebook(**changes: Any) -> Config:
+    base = PRESETS["notebook"]
+    return replace(base, agent=replace(base.agent, **changes))
+
+
+def test_notebook_trains_ten_steps_at_the_end_of_an_episode_and_syncs_every_hundred() -> None:
+    envs, agent = build(notebook(buffer_size=500, learning_starts=30, batch_size=8), probes.DelayedReward)
+    syncs: Counter[int] = Counter()
+    updates_before = 0
+    for finished in islice(play(envs, agent, 742), 3 * 205):
+        if agent.messages:
+            syncs[agent.episodes] += len(agent.messages)
+            agent.messages.clear()
+        grown = agent.num_updates - updates_before
+        updates_before = agent.num_updates
+        stored = len(agent.replay)
+        assert grown == (10 if finished and stored > 30 else 0)
+    assert syncs == {100: 1, 200: 1}
+    # epsilon: 0.50 less 1/2000 an episode
+    assert agent.episodes == 205
+    assert agent.epsilon == pytest.approx(0.5 - 205 / 2000)
+
+
+def test_notebook_learns_score_and_bonus_over_500_with_a_plain_maximum() -> None:
+    config = notebook(buffer_size=300, learning_starts=10, batch_size=64)
+    envs, agent = build(config, probes.DelayedReward)
+    for _ in islice(play(envs, agent, 742), 150):
+        pass
+    batch = agent.replay.sample(64, torch.Generator().manual_seed(3))
+    loss, errors, q_mean = agent._q_loss(batch)
+    expected = []
+    with torch.no_grad():
+        for i in range(64):
+            target = batch.rewards[i, 0].item() / 500 + batch.int_rewards[i, 0].item() / 500
+            if not batch.terminated[i]:
+                target += 0.99 * agent.target_network(batch.next_obs[i : i + 1]).max().item()
+            expected.append(target - agent.q_network(batch.obs[i : i + 1])[0, batch.actions[i]].item())
+    np.testing.assert_allclose(errors, expected, atol=1e-5)
+    huber = [0.5 * e * e if abs(e) < 1 else abs(e) - 0.5 for e in expected]
+    assert loss.item() == pytest.approx(np.mean(huber), abs=1e-6)
+    assert (batch.int_rewards.abs() <= 5).all() and batch.int_rewards.abs().max() > 0
+
+
+def test_notebook_predictor_stays_as_it_was_made() -> None:
+    envs, agent = build(notebook(buffer_size=300, learning_starts=10, batch_size=8), probes.DelayedReward)
+    before = [p.clone() for p in agent.rnd.predictor.parameters()]
+    q_before = [p.clone() for p in agent.q_network.parameters()]
+    for _ in islice(play(envs, agent, 742), 60):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.rnd.predictor.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(q_before, agent.q_network.parameters(), strict=True))
+
+
+def test_notebook_stack_repeats_the_first_frame() -> None:
+    envs, agent = build(notebook(buffer_size=300), probes.Remember)
+    obs, _ = envs.reset(seed=0)
+    agent.begin(obs)
+    assert (agent._obs == torch.from_numpy(obs)[:, None]).all()
+
+
+# ---------------------------------------------------------------- curiosity in the agent
+
+
+def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
+    config = replace(settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3))
+    envs, agent = build(config, probes.DelayedReward)
+    loop = play(envs, agent, 1)
+    for _ in islice(loop, 30):
+        pass
+    early = agent.metrics()
+    for _ in islice(loop, 500):
+        pass
+    late = agent.metrics()
+    assert early["int_reward_mean"] > 0 and late["int_reward_mean"] < 0.5 * early["int_reward_mean"]
+    batch = agent.replay.sample(32, torch.Generator().manual_seed(0))
+    agent.replay.refresh_int_rewards(batch.last_rows, torch.full((32,), 7.0))
+    again = agent.replay.sample(32, torch.Generator().manual_seed(0))
+    assert (again.int_rewards.gather(1, again.steps[:, None] - 1) == 7).all()
+
+
+def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
+    config = replace(settings(reward_scale=0.01, n_step=2), rnd=RNDConfig(coef=0.5))
+    envs, agent = build(config, probes.DelayedReward)
+    for _ in islice(play(envs, agent, 1), 20):
+        pass
+    batch = agent.replay.sample(32, torch.Generator().manual_seed(0))
+    _, errors, _ = agent._q_loss(batch)
+    learned = 0.01 * batch.rewards + 0.5 * batch.int_rewards / agent.rnd.reward_rms.std
+    with torch.no_grad():
+        best = agent.q_network(batch.next_obs).argmax(1, keepdim=True)
+        bootstrap = agent.target_network(batch.next_obs).gather(1, best).squeeze(1)
+        chosen = agent.q_network(batch.obs).gather(1, batch.actions[:, None]).squeeze(1)
+    expected = learned[:, 0] + 0.5 * learned[:, 1] + 0.5**batch.steps * bootstrap * (~batch.terminated) - chosen
+    torch.testing.assert_close(errors, expected, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- remembering
+
+
+@pytest.mark.parametrize("variant", ["rnd", "notebook"])
+def test_a_loaded_agent_goes_on_as_the_saved_one(variant: str, tmp_path: Any) -> None:
+    base = replace(settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant))
+    envs, agent = build(base, probes.Both)
+    for _ in islice(play(envs, agent, 1), 120):
+        pass
+    torch.save(agent.state_dict(replay=True), tmp_path / "agent.pt")
+    _, other = build(replace(base, seed=5), probes.Both)
+    other.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    assert (other.global_step, other.episodes, other.num_updates) == (
+        agent.global_step, agent.episodes, agent.num_updates,
+    )  # fmt: skip
+    for one in (agent, other):
+        for _ in islice(play(probes.vector_of(probes.Both, 4), one, 9), 60):
+            pass
+    for a, b in zip(agent.q_network.parameters(), other.q_network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, value in (agent.rnd.state_dict() if agent.rnd else {}).items():
+        assert torch.equal(value, other.rnd.state_dict()[name]), name
+
+
+def test_without_its_replay_buffer_a_loaded_agent_waits_until_enough_is_stored() -> None:
+    envs, agent = build(settings(), probes.Both)
+    for _ in islice(play(envs, agent, 1), 120):
+        pass
+    _, other = build(settings(), probes.Both)
+    other.load_state_dict(agent.state_dict())
+    updates = other.num_updates
+    loop = play(probes.vector_of(probes.Both, 4), other, 2)
+    for _ in islice(loop, 40):
+        pass
+    assert other.num_updates == updates  # 80 stored of more than 100
+    for _ in islice(loop, 40):
+        pass
+    assert 0 < other.num_updates - updates < 25  # and it does not catch up on what it missed
+
+
+def test_precision_is_chosen_by_the_device_and_can_be_forced() -> None:
+    assert choose_precision("fp32", CPU) == "fp32"
+    assert choose_precision("bf16", CPU) == "bf16"
+    assert choose_precision("auto", CPU) in ("fp32", "bf16")
+
+
+def test_bf16_agrees_with_fp32_within_its_precision() -> None:
+    config = settings(n_step=3)
+    _, agent = build(config, probes.Remember)
+    _, fast = build(replace(config, precision="bf16"), probes.Remember)
+    fast.q_network.load_state_dict(agent.q_network.state_dict())
+    fast.target_network.load_state_dict(agent.target_network.state_dict())
+    for _ in islice(play(probes.vector_of(probes.Remember, 4), agent, 1), 20):
+        pass
+    batch = agent.replay.sample(32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slow_loss, slow_errors, _ = agent._q_loss(batch)
+        with fast._autocast:
+            fast_loss, fast_errors, _ = fast._q_loss(batch)
+    torch.testing.assert_close(fast_errors, slow_errors, atol=0.02, rtol=0.02)
+    assert fast_loss.item() == pytest.approx(slow_loss.item(), rel=0.05)

@@ -1,0 +1,152 @@
+"""Curiosity: statistics and bonus against loops and hand-computed numbers, and that it fades."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gravitar_dqn.config import RNDConfig
+from gravitar_dqn.rnd import RND, NotebookRND, RewardForwardFilter, RunningMeanStd, make_rnd
+
+
+def stacks(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.booleans()), min_size=1, max_size=6),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_running_statistics_agree_with_numpy(batches: list[list[tuple[float, bool]]]) -> None:
+    rms, seen = RunningMeanStd(), []
+    for batch in batches:
+        values, mask = zip(*batch, strict=True)
+        rms.update(torch.tensor(values), torch.tensor(mask))
+        seen += [v for v, m in batch if m]
+    if seen:
+        # the start counts as 1e-4 of an observation with mean 0 and variance 1
+        assert rms.mean.item() == pytest.approx(np.mean(seen), abs=0.11, rel=1e-3)
+        assert rms.count.item() == pytest.approx(len(seen) + 1e-4)
+    else:
+        assert rms.mean.item() == 0 and rms.var.item() == 1
+
+
+def test_running_statistics_in_two_batches() -> None:
+    rms = RunningMeanStd((2,))
+    rms.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+    rms.update(torch.tensor([[5.0, 50.0], [100.0, -1.0]]), torch.tensor([True, False]))
+    # 1, 3, 5: mean 3, variance 8/3
+    torch.testing.assert_close(rms.mean, torch.tensor([3.0, 30.0]).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(rms.var, torch.tensor([8 / 3, 800 / 3]).double(), rtol=1e-3, atol=0)
+
+
+def test_forward_filter_runs_along_time_and_waits_where_nothing_was_played() -> None:
+    forward = RewardForwardFilter(2, 0.5)
+    both = torch.tensor([True, True])
+    assert forward.update(torch.tensor([1.0, 2.0]), both).tolist() == [1.0, 2.0]
+    assert forward.update(torch.tensor([1.0, 9.0]), torch.tensor([True, False])).tolist() == [1.5, 2.0]
+    assert forward.update(torch.tensor([1.0, 0.0]), both).tolist() == [1.75, 1.0]
+
+
+def test_the_bonus_is_the_mean_squared_error_on_one_normalization_for_both_networks() -> None:
+    torch.manual_seed(0)
+    rnd = RND((4, 84, 84), 3, RNDConfig())
+    obs = stacks(3)
+    rnd.obs_rms.mean.fill_(100.0)
+    rnd.obs_rms.var.fill_(400.0)
+    z = ((obs[:, -1:].float() - 100) / 20).clamp(-5, 5)  # the newest frame alone, not divided by 255
+    expected = ((rnd.predictor(z) - rnd.target(z)) ** 2).sum(1) / 512
+    torch.testing.assert_close(rnd.errors(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bonus_uses_the_statistics_from_before_its_own_frames() -> None:
+    rnd = RND((4, 84, 84), 2, RNDConfig())
+    played = torch.tensor([True, True])
+    rnd.observe(stacks(2, 1), played)
+    obs = stacks(2, 2)
+    expected = rnd.errors(obs).detach()
+    torch.testing.assert_close(rnd.observe(obs, played), expected)
+    assert not torch.allclose(rnd.errors(obs), expected)
+
+
+def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
+    torch.manual_seed(0)
+    rnd = RND((8,), 1, RNDConfig(update_proportion=1.0))
+    generator = torch.Generator().manual_seed(0)
+    known, new = torch.randn(64, 8), torch.randn(64, 8) + 3
+    optimizer = torch.optim.Adam(rnd.predictor.parameters(), 1e-3)
+    before = rnd.errors(known).mean().item()
+    for _ in range(150):
+        loss, fresh = rnd.loss(known, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert not fresh.requires_grad
+    assert rnd.errors(known).mean().item() < 0.1 * before
+    assert rnd.errors(new).mean().item() > 3 * rnd.errors(known).mean().item()
+    assert all(p.grad is None for p in rnd.target.parameters())
+
+
+def test_the_loss_takes_a_random_share_of_the_rows_and_survives_an_empty_one() -> None:
+    rnd = RND((8,), 1, RNDConfig(update_proportion=0.5))
+    obs = torch.randn(400, 8)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5
+    loss, _ = rnd.loss(obs, generator)
+    torch.testing.assert_close(loss, rnd.errors(obs)[mask].mean())
+    nothing, _ = RND((8,), 1, RNDConfig(update_proportion=0.0)).loss(obs, generator)
+    assert nothing.item() == 0.0
+
+
+def test_learning_rewards_are_in_units_of_the_intrinsic_return() -> None:
+    rnd = RND((8,), 1, RNDConfig())
+    rnd.reward_rms.var.fill_(4.0)
+    torch.testing.assert_close(rnd.learning_rewards(torch.tensor([1.0, 3.0])), torch.tensor([0.5, 1.5]))
+
+
+# ---------------------------------------------------------------- the notebook's, faults included
+
+
+def test_notebook_bonus_sees_two_scales_and_is_normalized_over_the_last_thousand() -> None:
+    torch.manual_seed(0)
+    rnd = NotebookRND((4, 84, 84), 1, RNDConfig(variant="notebook"))
+    rnd.predictor.layers[-1].weight.data *= 0.01  # keep 0..255 from drowning the target
+    played = torch.tensor([True])
+    raw, stored = [], []
+    for seed in range(5):
+        obs = stacks(1, seed)
+        target, predictor = rnd.target(obs.float() / 255), rnd.predictor(obs.float())
+        raw.append(0.5 * ((target - predictor) ** 2).sum().item())
+        stored.append(rnd.observe(obs, played).item())
+    assert stored[0] == 0.0
+    expected = [(raw[i] - np.mean(raw[: i + 1])) / np.std(raw[: i + 1]) for i in range(1, 5)]
+    assert stored[1:] == pytest.approx(np.clip(expected, -5, 5), rel=1e-3)
+
+
+def test_notebook_bonus_is_clipped_and_forgets_after_a_thousand() -> None:
+    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    rnd.history.copy_(torch.arange(1000) % 2)  # mean 0.5, standard deviation 0.5
+    rnd.seen.fill_(1000)
+    torch.nn.init.zeros_(rnd.predictor.layers[-1].weight)
+    rnd.predictor.layers[-1].bias.data.fill_(100.0)
+    played = torch.tensor([True])
+    assert rnd.observe(torch.randn(1, 8), played).item() == 5.0  # far above the rest
+    assert rnd.history[0] > 1e5  # the oldest made room
+    assert rnd.seen.item() == 1001
+    assert rnd.observe(torch.randn(1, 8), torch.tensor([False])) is not None
+    assert rnd.seen.item() == 1001  # the dummy step after a game's end is no step
+
+
+def test_notebook_predictor_never_learns() -> None:
+    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    loss, fresh = rnd.loss(torch.randn(32, 8), torch.Generator().manual_seed(0))
+    assert not loss.requires_grad and fresh is None and not rnd.learns
+
+
+def test_no_curiosity_is_built_for_a_coefficient_of_zero() -> None:
+    assert make_rnd((8,), 1, RNDConfig(coef=0.0)) is None
+    assert isinstance(make_rnd((8,), 1, RNDConfig(coef=0.1)), RND)
