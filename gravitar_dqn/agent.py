@@ -148,7 +148,7 @@ class DQNAgent:
             self._next_train += settings.train_frequency
         if self.clock >= self._next_sync:
             self.target_network.load_state_dict(self.q_network.state_dict())
-            self._next_sync += settings.target_network_frequency
+            self._next_sync = (self.clock // settings.target_network_frequency + 1) * settings.target_network_frequency
             self.messages.append("Matching network values")
         return done
 

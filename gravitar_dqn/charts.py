@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from gravitar_dqn.config import flatten
 
 Row = Mapping[str, float]
 Pane = dict[str, Any]
@@ -129,7 +131,7 @@ def standard_charts(speed: str, speed_scale: float) -> tuple[Chart, ...]:
         Chart("score", "Score", "score", score),
         Chart("int_reward", "Reward, intrinsic", "bonus", reward),
         Chart("loss", "Loss", "loss (log)", loss, {"type": "log", "exponentformat": "power"}),
-        Chart("q_mean", "Expected return", "mean Q", (Line("extrinsic", "q_mean"),)),
+        Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),)),
         Chart("epsilon", "Epsilon", "epsilon", (Line("epsilon", "epsilon"),), to_zero),
         Chart("speed", "Speed", "per second", rates, to_zero),
         Chart("buffer", "Replay buffer", "fill (%)", (Line("fill", "buffer_fill", scale=100),), {"range": [0, 105]}),
@@ -260,16 +262,3 @@ def settings_pane(settings: Mapping[str, Any]) -> Pane:
     )
     table = f"<table style='font-size:12px;line-height:1.35;vertical-align:top'>{cells}</table>"
     return text_pane("settings", "Settings", table if cells else "<i>config.json has not been written yet</i>")
-
-
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted names: {"config": {"env": {"id": 1}}} -> {"config.env.id": 1}."""
-
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            yield prefix, value
-
-    return dict(walk("", settings))

@@ -44,7 +44,9 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int) -> Path:
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         aside.unlink(missing_ok=True)
         raise OSError(f"checkpoint not written: {error}") from error
-    for old in sorted(home.glob("step_*.pt"))[:-KEEP]:
+    others = sorted(old for old in home.glob("step_*.pt") if old != path)
+    earlier = [old for old in others if old < path]  # later ones were left by a kill before `latest` named them
+    for old in set(others) - set(earlier[1 - KEEP :]):
         old.unlink(missing_ok=True)
     for torn in home.glob("step_*.tmp"):  # left by a kill
         torn.unlink(missing_ok=True)

@@ -80,7 +80,9 @@ def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: 
             raise
         words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
         lines = [" ".join(line.split()) for line in words.splitlines()]
-        told = [line for line in lines if line and "full helptext" not in line and line != f"{prog} --help"]
+        told = [
+            line for line in lines if line.strip("-+ ") and "full helptext" not in line and line != f"{prog} --help"
+        ]
         told = told[1 : told.index("Argument helptext:")] if "Argument helptext:" in told else told[1:]
         raise UserError(f"{' '.join(told) or 'the arguments do not fit'} ({prog} --help lists all)") from None
     if unknown:
@@ -148,7 +150,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
-    check_games(arguments.episodes, arguments.epsilon)
+    check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     load_run(arguments.run_dir)
     from gravitar_dqn.evaluation import evaluate, table
     from gravitar_dqn.training import choose_device
@@ -166,7 +168,7 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
-    check_games(arguments.episodes, arguments.epsilon)
+    check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     config = load_run(arguments.run_dir)
     from gravitar_dqn import checkpoint
     from gravitar_dqn.evaluation import load_q_network
@@ -184,12 +186,14 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
         print(f"{path}: score {score:.0f}")
 
 
-def check_games(episodes: int, epsilon: float) -> None:
+def check_games(episodes: int, epsilon: float, seed: int) -> None:
     """Raise UserError for numbers that no evaluation can use."""
     if episodes < 1:
         raise UserError(f"--episodes is {episodes}: it must be at least 1")
     if not 0 <= epsilon <= 1:
         raise UserError(f"--epsilon is {epsilon}: it must be between 0 and 1")
+    if not 0 <= seed <= 2**30:
+        raise UserError(f"--seed is {seed}: it must be between 0 and {2**30}")
 
 
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
@@ -208,10 +212,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
-    """Run a command; a UserError becomes one line on standard error and exit code 2."""
+    """Run a command; a UserError, or a file that cannot be made, becomes one line on standard error and exit code 2."""
     try:
         return command(argv, prog) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

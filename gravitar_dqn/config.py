@@ -124,7 +124,7 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: DQNConfig = field(default_factory=DQNConfig)
     rnd: RNDConfig = field(default_factory=RNDConfig)
-    seed: int = _bounded(742)
+    seed: int = _bounded(742, high=2**30)  # the emulator's seeds, this plus steps played, have 31 bits
     """Seeds the networks, exploration, sampling and the games."""
     total_steps: int = _bounded(10_000_000, low=1)
     """The run ends after this many agent steps over all environments. (free)"""
@@ -174,14 +174,14 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         "cartpole": replace(
             GRAVITAR,
             preset="cartpole",
-            env=EnvConfig(id="CartPole-v1", num_envs=1),
+            env=EnvConfig(id="CartPole-v1", num_envs=4),
             agent=DQNConfig(
                 buffer_size=50_000,
                 learning_starts=1_000,
-                batch_size=128,
-                train_frequency=1,
+                batch_size=256,
+                train_frequency=2,
                 target_network_frequency=500,
-                learning_rate=5e-4,
+                learning_rate=2.5e-4,
                 adam_epsilon=1e-8,
                 n_step=3,
                 reward_scale=0.1,
@@ -289,20 +289,21 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     return float(value) if hint is float else value
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted name -> value, for tables and comparisons."""
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names: {"env": {"id": 1}} -> {"env.id": 1}."""
     flat: dict[str, Any] = {}
-    for name, value in to_dict(config).items():
-        flat.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    for name, value in settings.items():
+        inner = flatten(value) if isinstance(value, Mapping) else None
+        flat |= {name: value} if inner is None else {f"{name}.{key}": v for key, v in inner.items()}
     return flat
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """What a resume may not change, as lines `name: old -> new`."""
-    after = flatten(new)
+    after = flatten(to_dict(new))
     return [
         f"{name}: {value} -> {after[name]}"
-        for name, value in flatten(old).items()
+        for name, value in flatten(to_dict(old)).items()
         if value != after[name] and name not in FREE_FIELDS
     ]
 

@@ -27,6 +27,7 @@ from gravitar_dqn.visdom_files import DashboardError
 
 READ_TIMEOUT = 5.0  # seconds; Visdom's own client would wait for ever
 LARGEST_VIDEO = 16 * 2**20  # bytes
+LONGEST_PAUSE = 10.0  # seconds
 CHUNK = 128 * 1024  # bytes of CSV parsed at a time
 VIDEO_NAME = re.compile(r"episode_(\d+)_score_(-?[\d.]+)\.mp4")
 
@@ -162,10 +163,7 @@ class Dashboard:
                 failures += 1
                 self._forget_server()
                 self._complain(failures, error)
-            # Never more than a twentieth of the time, however slow the server is.
-            busy = 20 * (time.monotonic() - started)
-            pause = min(self._period * 2.0 ** (failures - 1), 10.0) if failures else min(max(self._period, busy), 10.0)
-            self._stop.wait(0 if last else pause)
+            self._stop.wait(0 if last else pause(self._period, failures, time.monotonic() - started))
         self._forget_server()
 
     def _complain(self, failures: int, error: Exception) -> None:
@@ -186,16 +184,12 @@ class Dashboard:
             while rows := tail.read():
                 for row in rows:
                     self._board.add(source, row)
-                self._breathe(rows)
+                if len(rows) > 100:  # a long history, of a resumed run: let the training thread have its share
+                    time.sleep(0.02)
             if rows is None:
                 self._start_over()
                 return self._follow()
         return None
-
-    def _breathe(self, rows: list[dict[str, float]]) -> None:
-        # A long history (a resumed run) is read in small portions, so that the training thread gets its share.
-        if len(rows) > 100:
-            time.sleep(0.02)
 
     def _start_over(self) -> None:
         self._board = Board(self._settings)
@@ -257,6 +251,12 @@ def environment_name(run_dir: Path) -> str:
     path = run_dir.resolve()
     name = re.sub(r"[^A-Za-z0-9.]+", "-", path.name).strip("-.")[:80]
     return f"{name or 'run'}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+
+
+def pause(period: float, failures: int, took: float) -> float:
+    """Seconds until the next drawing, which gets a twentieth of the time at most; failures double the wait."""
+    wait = max(period, 20 * took) if failures == 0 else period * 2 ** min(failures - 1, 10)
+    return min(wait, LONGEST_PAUSE)
 
 
 def _checked(server: str) -> str:

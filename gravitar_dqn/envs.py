@@ -124,7 +124,7 @@ def _make_single(
             kwargs["frameskip"] = 1 if image else FRAME_SKIP
     try:
         env: gym.Env[Any, Any] = gym.make(config.id, **kwargs)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise UserError(f"cannot make {config.id}: {' '.join(str(error).split())}") from None
     if on_frame is not None:
         env = _Shown(env, on_frame)

@@ -176,6 +176,8 @@ class Recorder:
             self._collect(timeout=15.0)
         self._process.kill()
         self._process.wait()
+        for torn in self._home.glob("*.part.mp4"):
+            torn.unlink(missing_ok=True)
         assert self._scratch is not None
         self._scratch.cleanup()
 

@@ -179,16 +179,13 @@ class ReplayBuffer:
         self.ages[row] = torch.from_numpy(self._ages.astype(np.uint8)).to(self.device)
         self.playable[row] = False
         self._played[row] = 0
-        # The new frames took the place of the oldest row, which the stacks of the next rows reached into.
-        for stale in range(self.stack):
-            self._set_weights((row + stale) % self.num_rows, 0.0)
+        # The new frames took the place of the oldest row, which the stacks of the next stack - 1 rows reached into.
+        stale = (row + self.stack - 1) % self.num_rows  # those before it were retired by the calls before
+        self.weights[stale], self.row_weights[stale] = 0.0, 0.0
         if self._written > self.n_step:  # the row whose window these frames complete
             ready = (row - self.n_step) % self.num_rows
-            self._set_weights(ready, self.max_weight * self.playable[ready])
-
-    def _set_weights(self, row: int, weights: Tensor | float) -> None:
-        self.weights[row] = weights
-        self.row_weights[row] = self.weights[row].sum(dtype=torch.float64)
+            self.weights[ready] = self.max_weight * self.playable[ready]
+            self.row_weights[ready] = self.weights[ready].sum(dtype=torch.float64)
 
     def set_int_rewards(self, int_rewards: Tensor) -> None:
         """Store the curiosity bonus (num_envs,) of the step that `put` stored last."""

@@ -89,7 +89,8 @@ class CsvLog:
 
     def _kept(self, last_step: int) -> list[bytes]:
         with self.path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+            whole_lines = (line for line in file if line.endswith("\n"))
+            header, *rows = list(csv.reader(whole_lines)) or [[]]
         if header != self.columns:
             return []
         column = header.index("global_step")

@@ -28,6 +28,7 @@ from gravitar_dqn.dashboard import Dashboard
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.replay import plan_memory
 from gravitar_dqn.tracking import Console, Episode, Observer, TrackedAgent, Tracker, warn
+from gravitar_dqn.visdom_files import DashboardError
 from gravitar_dqn.visdom_server import find_or_start_server
 
 Array = npt.NDArray[Any]
@@ -208,6 +209,7 @@ def build(config: Config) -> tuple[Any, DQNAgent]:
 
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint."""
+    check_dashboard(config.dashboard, run_dir)
     state = checkpoint.load(run_dir) if resume else None
     envs, agent = build(config)
     if state is not None:
@@ -255,6 +257,15 @@ def finished(config: Config, agent: TrackedAgent) -> bool:
     return agent.global_step >= config.total_steps or 0 < config.total_episodes <= agent.episodes
 
 
+def check_dashboard(choice: str, run_dir: Path) -> None:
+    """Raise UserError for a server's address that is none, before anything is made."""
+    if choice not in ("auto", "off"):
+        try:
+            Dashboard(run_dir, choice)
+        except DashboardError as error:
+            raise UserError(f"--dashboard: {error}") from None
+
+
 def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | None:
     """The dashboard of a run, on a server of its choice; None, and a warning, when there can be none."""
     if choice == "off":
@@ -264,5 +275,5 @@ def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | N
         return None
     dashboard = Dashboard(run_dir, server, video_dir=video_dir)
     dashboard.start()
-    print(f"dashboard: {server}", file=sys.stderr)
+    print(f"dashboard: {dashboard.url}", file=sys.stderr)
     return dashboard

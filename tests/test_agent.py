@@ -6,10 +6,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import probes
 import pytest
 import torch
 
-import probes
 from gravitar_dqn import envs as games
 from gravitar_dqn.agent import DQNAgent, choose_precision
 from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
@@ -141,9 +141,7 @@ def test_many_updates_catch_up_within_one_step_of_many_environments() -> None:
 def test_epsilon_falls_by_the_clock() -> None:
     config = settings(epsilon_start=0.9, epsilon_end=0.1, epsilon_decay=80)
     envs, agent = build(config, probes.TimeLimit)
-    values = []
-    for _ in islice(play(envs, agent, 1), 60):
-        values.append(agent.epsilon)
+    values = [agent.epsilon for _ in islice(play(envs, agent, 1), 60)]
     assert values[0] == pytest.approx(0.9 - 0.8 * 4 / 80)
     assert values[-1] == pytest.approx(0.1)
 
@@ -180,7 +178,7 @@ def test_notebook_learns_score_and_bonus_over_500_with_a_plain_maximum() -> None
     for _ in islice(play(envs, agent, 742), 150):
         pass
     batch = agent.replay.sample(64, torch.Generator().manual_seed(3))
-    loss, errors, q_mean = agent._q_loss(batch)
+    loss, errors, _ = agent._q_loss(batch)
     expected = []
     with torch.no_grad():
         for i in range(64):

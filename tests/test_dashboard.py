@@ -360,6 +360,11 @@ def test_no_server_costs_nothing_and_is_said_once(
     assert said.err.startswith("warning: the dashboard is not drawn yet: http://127.0.0.1:9: ")
 
 
+def test_pauses_grow_with_trouble_and_end_soon_after_it() -> None:
+    assert [dashboard.pause(1, failures, 3) for failures in (1, 2, 3, 4, 5, 100_000)] == [1, 2, 4, 8, 10, 10]
+    assert [dashboard.pause(1, 0, took) for took in (0.01, 0.1, 5)] == [1, 2, 10]
+
+
 def test_a_dashboard_that_never_started_can_be_closed(tmp_path: Path) -> None:
     Dashboard(tmp_path, "127.0.0.1:9").close()
 

@@ -62,7 +62,7 @@ class Player:
             self._start(env, frame)
         if self.time:  # a game that was under way is cut off at its last frame
             for step in self.model.steps.values():
-                if step.time == self.time - 1 and not step.terminated:
+                if step.time == self.time - 2 and not step.terminated:
                     step.truncated = True
         self.time += 1
         self.played = np.ones(self.buffer.num_envs, dtype=bool)
@@ -98,7 +98,9 @@ class Player:
         self.played = ~((terminations | truncations) & self.played)
 
 
-def make(num_envs: int, rows: int, stack: int, n_step: int, padding: str = "zero", exponent: float = 0.0) -> ReplayBuffer:
+def make(
+    num_envs: int, rows: int, stack: int, n_step: int, padding: str = "zero", exponent: float = 0.0
+) -> ReplayBuffer:
     return ReplayBuffer(
         num_envs * rows, num_envs, FRAME, torch.int32, stack=stack, n_step=n_step, padding=padding,
         priority_exponent=exponent,
@@ -165,7 +167,9 @@ def test_everything_sampled_agrees_with_the_model(
         assert batch.rewards[i].tolist() == [s.reward for s in window] + [0.0] * (n_step - len(window))
         assert batch.terminated[i].item() == window[-1].terminated
         assert batch.truncated[i].item() == window[-1].truncated
-        assert buffer.frames[batch.last_rows[i]].flatten()[0] == player.model.frames[step.env, step.game][window[-1].index]
+        assert (
+            buffer.frames[batch.last_rows[i]].flatten()[0] == player.model.frames[step.env, step.game][window[-1].index]
+        )
 
 
 def test_uniform_sampling_reaches_every_valid_transition_alike() -> None:

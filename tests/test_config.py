@@ -1,0 +1,236 @@
+"""Settings: presets, their JSON form, and what is refused."""
+
+import ast
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gravitar_dqn import config as module
+from gravitar_dqn.config import (
+    FREE_FIELDS,
+    PRESETS,
+    Config,
+    UserError,
+    differences,
+    flatten,
+    from_dict,
+    get_preset,
+    load_run,
+    to_dict,
+    validate,
+)
+
+PARTS = {"": Config, "env.": module.EnvConfig, "agent.": module.DQNConfig, "rnd.": module.RNDConfig}
+NUMBERS = [
+    (prefix + field.name, field.metadata)
+    for prefix, part in PARTS.items()
+    for field in dataclasses.fields(part)
+    if typing.get_type_hints(part)[field.name] in (int, float)
+]
+
+
+def changed(config: Config, name: str, value: object) -> Config:
+    """`config` with the setting of this dotted name replaced."""
+    part, _, rest = name.rpartition(".")
+    if not part:
+        return dataclasses.replace(config, **{rest: value})
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{rest: value})})
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(config)))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name: str) -> None:
+    preset = get_preset(name)
+    validate(preset)
+    assert preset.preset == name
+    assert from_dict(as_json(preset)) == preset
+
+
+def test_the_presets_are_those_of_the_issue() -> None:
+    assert set(PRESETS) >= {"notebook", "gravitar", "breakout", "gravitar-ram", "cartpole"}
+    assert PRESETS["gravitar"] == Config()
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'gravtar': did you mean gravitar\? there are gravitar, "):
+        get_preset("gravtar")
+    with pytest.raises(UserError, match="unknown preset 'qqq': there are gravitar, "):
+        get_preset("qqq")
+
+
+def test_the_notebook_preset_has_the_notebooks_numbers() -> None:
+    settings = flatten(to_dict(PRESETS["notebook"]))
+    expected = {
+        # Environment
+        "env.id": "Gravitar-v0",
+        "env.obs_type": "image",
+        "env.num_envs": 1,
+        "env.sticky_actions": 0.25,
+        "env.noop_max": 30,
+        "env.max_frames": 108_000,
+        "agent.stack_padding": "repeat",
+        "agent.reward_scale": 1 / 500,
+        "seed": 742,
+        # Replay
+        "agent.buffer_size": 50_000,
+        "agent.batch_size": 128,
+        "agent.learning_starts": 2_000,
+        "agent.priority_exponent": 0,
+        # Learning
+        "agent.learning_rate": 1e-4,
+        "rnd.learning_rate": 1e-4,
+        "agent.adam_epsilon": 1e-8,  # Adam's own
+        "agent.max_grad_norm": 0,
+        "agent.gamma": 0.99,
+        "agent.n_step": 1,
+        "agent.double_q": False,
+        "agent.time_limit_is_terminal": True,
+        "agent.clock": "episodes",
+        "agent.train_frequency": 1,
+        "agent.gradient_steps": 10,
+        "agent.target_network_frequency": 100,
+        "agent.epsilon_start": 0.5,
+        "agent.epsilon_end": 0.02,
+        "agent.epsilon_ladder": 0,
+        # Curiosity
+        "rnd.coef": 1 / 500,
+        "rnd.variant": "notebook",
+        "rnd.update_proportion": 0.25,
+        # What a run shows
+        "video_every": 25,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    agent = PRESETS["notebook"].agent
+    assert (agent.epsilon_start - agent.epsilon_end) / agent.epsilon_decay == pytest.approx(1 / 2000)
+
+
+@pytest.mark.parametrize("name", ["gravitar", "breakout", "gravitar-ram", "cartpole"])
+def test_only_the_notebook_has_the_notebooks_faults(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.rnd.variant == "rnd"
+    assert not preset.agent.time_limit_is_terminal
+    assert preset.agent.clock == "steps"
+
+
+def test_every_number_has_bounds() -> None:
+    assert [name for name, metadata in NUMBERS if "low" not in metadata] == []
+
+
+@pytest.mark.parametrize(("name", "metadata"), NUMBERS, ids=[name for name, _ in NUMBERS])
+def test_numbers_out_of_bounds_are_refused_by_name(name: str, metadata: Any) -> None:
+    outside = [math.nan, math.inf, -math.inf]
+    outside += [metadata[side] + step for side, step in (("low", -1), ("high", 1)) if math.isfinite(metadata[side])]
+    for value in outside:
+        with pytest.raises(UserError, match=rf"^{name} is {value}: it must be finite and (at least|between)"):
+            validate(changed(Config(), name, value))
+
+
+def test_bounds_themselves_are_allowed() -> None:
+    for name, metadata in NUMBERS:
+        for side in ("low", "high"):
+            if math.isfinite(metadata[side]) and name not in ("agent.buffer_size", "agent.learning_starts"):
+                validate(changed(Config(), name, metadata[side]))
+
+
+def test_a_buffer_that_could_never_start_learning_is_refused() -> None:
+    config = changed(Config(), "agent.buffer_size", 20_000)
+    with pytest.raises(UserError, match=r"learning_starts \(20000\) is not below agent.buffer_size \(20000\)"):
+        validate(config)
+    validate(changed(config, "agent.learning_starts", 19_999))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("seed", "742", "setting seed is '742': it must be int"),
+        ("seed", 7.0, "setting seed is 7.0: it must be int"),
+        ("seed", True, "setting seed is True: it must be int"),
+        ("log_seconds", "2", "setting log_seconds is '2': it must be a number"),
+        ("log_seconds", False, "setting log_seconds is False: it must be a number"),
+        ("device", None, "setting device is None: it must be str"),
+        ("precision", "fp16", "setting precision is 'fp16': it must be auto or fp32 or bf16"),
+        ("precision", [], "setting precision is []: it must be auto or fp32 or bf16"),
+        ("env", 3, "setting env is not a table of settings"),
+        ("env.id", 3, "setting env.id is 3: it must be str"),
+        ("agent.double_q", 1, "setting agent.double_q is 1: it must be bool"),
+        ("rnd.variant", "ngu", "setting rnd.variant is 'ngu': it must be rnd or notebook"),
+        ("rnd.colour", 1, "unknown setting rnd.colour: was it written by another version?"),
+        ("colour", 1, "unknown setting colour: was it written by another version?"),
+    ],
+)
+def test_json_with_a_wrong_setting_is_refused_by_name(name: str, value: object, expected: str) -> None:
+    values = as_json(Config())
+    part, _, rest = name.rpartition(".")
+    (values[part] if part else values)[rest] = value
+    with pytest.raises(UserError) as refused:
+        from_dict(values)
+    assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize("name", flatten(to_dict(Config())))
+def test_json_without_a_setting_is_refused_by_name(name: str) -> None:
+    values = as_json(Config())
+    part, _, rest = name.rpartition(".")
+    del (values[part] if part else values)[rest]
+    with pytest.raises(UserError, match=f"^setting {name} is missing"):
+        from_dict(values)
+
+
+def test_whole_numbers_may_stand_for_fractions() -> None:
+    values = as_json(Config())
+    values["log_seconds"] = 2
+    assert isinstance(from_dict(values).log_seconds, float)
+
+
+def test_differences_are_told_except_of_free_settings() -> None:
+    old = PRESETS["gravitar"]
+    for name, value in flatten(to_dict(old)).items():
+        other = not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else value + 1
+        told = differences(old, changed(old, name, other))
+        assert told == ([] if name in FREE_FIELDS else [f"{name}: {value} -> {other}"])
+    assert differences(old, old) == []
+
+
+def test_free_settings_are_those_that_say_so() -> None:
+    tree = ast.parse(Path(module.__file__).read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    documented = {
+        setting.target.id
+        for setting, text in zip(body, body[1:], strict=False)
+        if isinstance(setting, ast.AnnAssign)
+        and isinstance(setting.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and "(free)" in ast.unparse(text)
+    }
+    assert documented == FREE_FIELDS
+
+
+def test_a_runs_configuration_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"preset": "cartpole", "config": to_dict(PRESETS["cartpole"])}))
+    assert load_run(tmp_path) == PRESETS["cartpole"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "is not a run's folder: it has no config.json"),
+        ("", "config.json cannot be read"),
+        ('{"config": {', "config.json cannot be read"),
+        ("[]", "config.json is not a run's configuration"),
+        ('{"preset": "gravitar"}', "config.json is not a run's configuration"),
+        ('{"config": 3}', "setting config is not a table of settings"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text: str | None, expected: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_run(tmp_path)
