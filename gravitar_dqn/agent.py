@@ -161,7 +161,7 @@ class DQNAgent:
             if self.rnd is not None:
                 rnd_loss, fresh_bonus = self.rnd.loss(batch.next_obs, self.generator)
                 if fresh_bonus is not None:
-                    self.replay.refresh_int_rewards(batch.last_rows, fresh_bonus)
+                    self.replay.refresh_int_rewards(batch.last_rows[: len(fresh_bonus)], fresh_bonus)
         self.optimizer.zero_grad()
         learned = self.rnd is not None and self.rnd.learns
         (loss + rnd_loss if learned else loss).backward()  # type: ignore[no-untyped-call]

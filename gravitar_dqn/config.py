@@ -60,7 +60,7 @@ class RNDConfig:
     """`notebook` is the original's bonus with its faults: a predictor that never learns and sees 0..255."""
     learning_rate: float = _bounded(1e-4)
     """Adam's, for the predictor."""
-    update_proportion: float = _bounded(0.25, high=1)
+    update_proportion: float = _bounded(0.25, low=0.01, high=1)
     """Share of each batch that the predictor learns from."""
     gamma: float = _bounded(0.99, high=1)
     """Discount of the intrinsic return whose standard deviation scales the bonus."""

@@ -9,6 +9,7 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONV_FEATURES = 3136  # 64 channels of 7x7 after the three convolutions on 84x84
@@ -19,10 +20,26 @@ def scale_pixels(obs: Tensor) -> Tensor:
     return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
 
 
+class PixelConv2d(nn.Conv2d):
+    """A convolution that takes uint8 pictures as pixels / 255.
+
+    The division is done on the few weights instead of the many pixels, and 0..255 are exact in bfloat16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, height, width) uint8 or float -> (B, out_channels, ...)."""
+        if x.dtype != torch.uint8:
+            return super().forward(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        pixels = x.to(dtype, memory_format=torch.channels_last)  # the fast layout of convolutions
+        return F.conv2d(pixels, self.weight / 255, self.bias, self.stride)  # type: ignore[arg-type]
+
+
 def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """The convolutions of Mnih 2015: (B, channels, 84, 84) float -> (B, 3136)."""
+    """The convolutions of Mnih 2015: (B, channels, 84, 84), uint8 or scaled to taste -> (B, 3136)."""
     return nn.Sequential(
-        nn.Conv2d(channels, 32, 8, stride=4),
+        PixelConv2d(channels, 32, 8, stride=4),
         activation(),
         nn.Conv2d(32, 64, 4, stride=2),
         activation(),
@@ -77,11 +94,11 @@ class DuelingConvQNetwork(nn.Module):
         self.trunk = conv_trunk(channels)
         self.advantage = mlp(CONV_FEATURES, 512, 512, num_actions)
         self.value = mlp(CONV_FEATURES, 512, 1)
-        channels_last(self)  # the fast layout of convolutions, on CPU and GPU alike
+        channels_last(self)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q values (B, num_actions) of obs (B, channels, 84, 84) uint8."""
-        features = self.trunk(scale_pixels(obs).contiguous(memory_format=torch.channels_last))
+        features = self.trunk(obs)
         advantages = self.advantage(features)
         q_values: Tensor = self.value(features) + advantages - advantages.mean(dim=1, keepdim=True)
         return q_values

@@ -213,7 +213,7 @@ def test_notebook_stack_repeats_the_first_frame() -> None:
 
 
 def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
-    config = replace(settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3))
+    config = replace(settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0))
     envs, agent = build(config, probes.DelayedReward)
     loop = play(envs, agent, 1)
     for _ in islice(loop, 30):
@@ -224,9 +224,11 @@ def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns()
     late = agent.metrics()
     assert early["int_reward_mean"] > 0 and late["int_reward_mean"] < 0.5 * early["int_reward_mean"]
     batch = agent.replay.sample(32, torch.Generator().manual_seed(0))
-    agent.replay.refresh_int_rewards(batch.last_rows, torch.full((32,), 7.0))
-    again = agent.replay.sample(32, torch.Generator().manual_seed(0))
-    assert (again.int_rewards.gather(1, again.steps[:, None] - 1) == 7).all()
+    stored = batch.int_rewards.gather(1, batch.steps[:, None] - 1).squeeze(1)
+    with torch.no_grad():
+        today = agent.rnd.errors(batch.next_obs)
+    # what was computed long ago, when it was played, would be many times larger
+    assert stored.mean() < 5 * today.mean() + 1e-3
 
 
 def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_free_settings_are_those_that_say_so() -> None:
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     documented = {
         setting.target.id
-        for setting, text in zip(body, body[1:], strict=False)
+        for setting, text in pairwise(body)
         if isinstance(setting, ast.AnnAssign)
         and isinstance(setting.target, ast.Name)
         and isinstance(text, ast.Expr)

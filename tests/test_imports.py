@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"config", "returns", "networks", "charts", "visdom_files"},
-    {"replay", "rnd", "envs", "tracking", "checkpoint", "dashboard", "visdom_server"},
-    {"agent", "evaluation"},
+    {"config", "returns", "networks", "visdom_files"},
+    {"replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
+    {"agent", "evaluation", "dashboard"},
     {"recording"},
     {"training"},
     {"cli"},

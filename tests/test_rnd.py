@@ -91,15 +91,12 @@ def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
     assert all(p.grad is None for p in rnd.target.parameters())
 
 
-def test_the_loss_takes_a_random_share_of_the_rows_and_survives_an_empty_one() -> None:
-    rnd = RND((8,), 1, RNDConfig(update_proportion=0.5))
-    obs = torch.randn(400, 8)
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5
-    loss, _ = rnd.loss(obs, generator)
-    torch.testing.assert_close(loss, rnd.errors(obs)[mask].mean())
-    nothing, _ = RND((8,), 1, RNDConfig(update_proportion=0.0)).loss(obs, generator)
-    assert nothing.item() == 0.0
+def test_the_loss_takes_a_share_of_the_rows_and_gives_their_fresh_bonus() -> None:
+    rnd = RND((8,), 1, RNDConfig(update_proportion=0.25))
+    obs = torch.randn(40, 8)
+    loss, fresh = rnd.loss(obs, torch.Generator())
+    torch.testing.assert_close(fresh, rnd.errors(obs)[:10].detach())
+    torch.testing.assert_close(loss, rnd.errors(obs)[:10].mean())
 
 
 def test_learning_rewards_are_in_units_of_the_intrinsic_return() -> None:
@@ -145,6 +142,17 @@ def test_notebook_predictor_never_learns() -> None:
     rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
     loss, fresh = rnd.loss(torch.randn(32, 8), torch.Generator().manual_seed(0))
     assert not loss.requires_grad and fresh is None and not rnd.learns
+
+
+def test_notebook_loss_is_over_a_random_quarter_of_the_rows() -> None:
+    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    obs = torch.randn(400, 8)
+    loss, _ = rnd.loss(obs, torch.Generator().manual_seed(0))
+    mask = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.25
+    with torch.no_grad():
+        errors = ((rnd.target(obs) - rnd.predictor(obs)) ** 2).mean(1)
+    torch.testing.assert_close(loss, errors[mask].mean())
+    assert 70 < mask.sum() < 130
 
 
 def test_no_curiosity_is_built_for_a_coefficient_of_zero() -> None:

@@ -1,0 +1,186 @@
+"""Checkpoints: whole or not there, and read without trusting them."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gravitar_dqn import checkpoint
+from gravitar_dqn.config import UserError
+
+
+def state(value: float = 1.0) -> dict[str, Any]:
+    return {
+        "agent": {"weights": torch.full((3, 2), value), "clocks": [int(value), 2, 3], "replay": None},
+        "tracker": {"returns": [value, -1.5], "name": "x"},
+    }
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint.folder(run_dir).iterdir())
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(7.0), 1234)
+    assert path.name == "step_000000001234.pt"
+    assert names(tmp_path) == ["latest", path.name]
+    for loaded in (checkpoint.load(tmp_path), checkpoint.read(path)):
+        torch.testing.assert_close(loaded["agent"].pop("weights"), torch.full((3, 2), 7.0))
+        assert loaded["agent"] == {"clocks": [7, 2, 3], "replay": None}
+        assert loaded["tracker"] == {"returns": [7.0, -1.5], "name": "x"}
+
+
+def test_latest_survives_moving_the_run(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a", state(7.0), 1)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert checkpoint.load(tmp_path / "b")["agent"]["clocks"][0] == 7
+
+
+def test_the_newest_and_the_one_before_it_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 400):
+        checkpoint.save(tmp_path, state(step), step)
+    assert names(tmp_path) == ["latest", "step_000000000030.pt", "step_000000000400.pt"]
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 400
+
+
+def test_a_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), 5)
+    checkpoint.save(tmp_path, state(2), 5)
+    assert names(tmp_path) == ["latest", "step_000000000005.pt"]
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 2
+
+
+def test_checkpoints_of_an_abandoned_future_do_not_crowd_out_the_newest(tmp_path: Path) -> None:
+    """A kill between writing a checkpoint and naming it `latest` leaves one that is ahead of where the run resumes."""
+    checkpoint.save(tmp_path, state(100), 100)
+    for step in (200, 300):
+        (checkpoint.folder(tmp_path) / f"step_{step:012d}.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, state(150), 150)
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 150
+    assert names(tmp_path) == ["latest", "step_000000000100.pt", "step_000000000150.pt"]
+
+
+def half_written(error: Exception) -> Any:
+    def fail(saved: Any, file: Any) -> None:
+        file.write(b"PK\x03\x04 half a checkpoint")
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+@pytest.mark.parametrize("step", [1, 2], ids=["over the previous one", "beside the previous one"])
+def test_a_save_that_fails_half_way_leaves_the_previous_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, step: int
+) -> None:
+    checkpoint.save(tmp_path, state(1), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half_written(error))
+        with pytest.raises(OSError, match=r"^checkpoint not written: "):
+            checkpoint.save(tmp_path, state(2), step)
+    assert names(tmp_path) == ["latest", "step_000000000001.pt"]
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 1
+    checkpoint.save(tmp_path, state(2), 2)
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
+def test_a_save_that_fails_at_any_call_leaves_a_whole_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    checkpoint.save(tmp_path, state(1), 1)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            checkpoint.save(tmp_path, state(2), 2)
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 1
+    assert not list(checkpoint.folder(tmp_path).glob("step_*.tmp"))
+    checkpoint.save(tmp_path, state(3), 3)
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 3
+
+
+def test_what_a_kill_left_half_written_is_swept_up(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), 1)
+    (checkpoint.folder(tmp_path) / "step_000000000002.tmp").write_bytes(b"half")
+    (checkpoint.folder(tmp_path) / "latest.tmp").symlink_to("step_000000000002.pt")
+    checkpoint.save(tmp_path, state(3), 3)
+    assert names(tmp_path) == ["latest", "step_000000000001.pt", "step_000000000003.pt"]
+
+
+def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_checkpoint_cut_at_any_length_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(), 1)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 29), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is not a whole checkpoint") as refused:
+            checkpoint.load(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_broken_checkpoint_points_to_the_one_before_it(tmp_path: Path) -> None:
+    before, newest = (checkpoint.save(tmp_path, state(step), step) for step in (1, 2))
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"; {before} is the one before it$"):
+        checkpoint.load(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=64),
+        st.binary(max_size=64).map(lambda tail: b"\x80\x02" + tail),  # how a pickle begins
+        st.binary(max_size=64).map(lambda tail: b"PK\x03\x04" + tail),  # how a zip file begins
+        st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)).map(pickle.dumps),
+    )
+)
+def test_any_other_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "step_000000000001.pt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"is not a (whole )?checkpoint"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("other", [{"format": 2}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+def test_a_torch_file_of_another_program_is_refused(tmp_path: Path, other: object) -> None:
+    path = tmp_path / "other.pt"
+    torch.save(other, path)
+    with pytest.raises(UserError, match="is not a checkpoint of this program"):
+        checkpoint.read(path)
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    path, sprung = tmp_path / "trap.pt", tmp_path / "sprung"
+    torch.save({"format": checkpoint.FORMAT, "agent": Trap(sprung)}, path)
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        checkpoint.read(path)
+    assert not sprung.exists()
+    path.write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        checkpoint.read(path)
+    assert not sprung.exists()
+    pickle.loads(path.read_bytes())
+    assert sprung.exists(), "the trap was a trap"
