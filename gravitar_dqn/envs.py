@@ -124,14 +124,12 @@ def _make_single(
             kwargs["frameskip"] = 1 if image else FRAME_SKIP
     try:
         env: gym.Env[Any, Any] = gym.make(config.id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+        if on_frame is not None:
+            env = _Shown(env, on_frame)
+        if image:
+            env = AtariPreprocessing(env, noop_max=config.noop_max, frame_skip=1 if skips_itself else FRAME_SKIP)
+    except (gym.error.Error, ImportError) as error:  # a package that the game needs, such as cv2, is missing
         raise UserError(f"cannot make {config.id}: {' '.join(str(error).split())}") from None
-    if on_frame is not None:
-        env = _Shown(env, on_frame)
-    if image:
-        env = AtariPreprocessing(
-            env, noop_max=config.noop_max, frame_skip=1 if skips_itself else FRAME_SKIP, screen_size=84
-        )
     return env
 
 

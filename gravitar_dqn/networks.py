@@ -33,7 +33,7 @@ class PixelConv2d(nn.Conv2d):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         pixels = x.to(dtype, memory_format=torch.channels_last)  # the fast layout of convolutions
-        return F.conv2d(pixels, self.weight / 255, self.bias, self.stride)  # type: ignore[arg-type]
+        return F.conv2d(pixels, self.weight / 255, self.bias, self.stride)
 
 
 def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

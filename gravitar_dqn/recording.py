@@ -46,7 +46,6 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         raise VideoError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part.mp4")
     writer: Any = None
 
@@ -55,22 +54,34 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         if writer is None:
             height, width = picture.shape[:2]
             writer = imageio_ffmpeg.write_frames(
-                str(aside), (width, height), fps=fps, quality=6, macro_block_size=2, ffmpeg_log_level="error"
+                str(aside),
+                (width, height),
+                fps=fps,
+                quality=6,
+                macro_block_size=2,
+                ffmpeg_log_level="fatal",
+                ffmpeg_timeout=0,
             )
             writer.send(None)
         writer.send(np.ascontiguousarray(picture))
 
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield append
         if writer is not None:
             writer.close()
+            try:
+                imageio_ffmpeg.count_frames_and_secs(str(aside))
+            except RuntimeError:  # ffmpeg says nothing when the disk fills up at the end
+                raise OSError("ffmpeg could not finish it: is the disk full?") from None
             aside.replace(path)
     except OSError as error:
         raise VideoError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
     finally:
         if writer is not None:
             writer.close()
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def record_game(config: Config, q_network: nn.Module, path: Path, *, epsilon: float, seed: int) -> float:
@@ -133,7 +144,7 @@ class Recorder:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
             self._busy = True
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self._give_up(f"no more videos: {error}")
 
     def _start(self) -> None:
@@ -195,10 +206,18 @@ def _film(order: dict[str, Any]) -> dict[str, Any]:
     return {"number": number, "score": score}
 
 
+def _stand_back() -> None:
+    """Take only processor time that nobody else wants: training comes first."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(19)
+
+
 def main() -> None:
     """The recording process: an order a line on standard input, an answer a line on standard output."""
-    with contextlib.suppress(OSError):
-        os.nice(10)  # training comes first
+    _stand_back()
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not an answer

@@ -218,12 +218,18 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(f"the checkpoint in {run_dir} does not fit this configuration: {reason}") from None
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, config, agent.device)
-
+        if finished(config, agent):
+            raise UserError(
+                f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
+                "a higher --total-steps or --total-episodes goes on"
+            )
     video_dir = Path(config.video_dir) / run_dir.name
-    tracker = Tracker(run_dir, config, agent, state and state["tracker"])
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(run_dir, config, agent.device)
+        tracker = Tracker(run_dir, config, agent, state and state["tracker"])
+    except OSError as error:
+        raise UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}") from None
     console = Console(agent, state and state["console"])
     checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
     observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]

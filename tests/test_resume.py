@@ -1,0 +1,260 @@
+"""Runs that are stopped, killed or repeated: nothing is lost or doubled, and a seed plays the same games twice."""
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_helpers import CARTPOLE, GRAVITAR, check_episodes, rows, script, train
+from tqdm import tqdm
+
+from gravitar_dqn import checkpoint, training
+from gravitar_dqn.config import load_run
+
+FOR_EVER = ["--total-steps", 10**9]
+
+
+def wait_until(true: Any, process: Any, seconds: float = 60.0) -> None:
+    """Until `true()`; an error when the process ended before."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert process.poll() is None, f"it ended: {process.communicate()}"
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.001)
+
+
+def saved_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, which is read whole."""
+    step = checkpoint.load(run_dir)["agent"]["clocks"][0]
+    assert isinstance(step, int)
+    return step
+
+
+# ---------------------------------------------------------------- stopped
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = script("train.py", *CARTPOLE, *FOR_EVER, "--log-seconds", 0.1, "--run-dir", run_dir)
+    episodes = run_dir / "episodes.csv"
+    wait_until(lambda: episodes.exists() and len(rows(episodes)) > 5, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    told = re.fullmatch(rf"stopped at step (\d+), saved; go on with: train.py --resume {run_dir}", last)
+    assert told, last
+    step = int(told[1])
+    assert saved_step(run_dir) == step
+    before = check_episodes(run_dir, [0])
+    assert before[-1]["global_step"] <= step
+    assert len(re.findall(r"^episode: ", out, re.MULTILINE)) == (len(before) - 1) // 5 + 1
+
+    process = script("train.py", "--resume", run_dir, "--total-steps", step + 300)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"going on with {run_dir}" in err
+    assert saved_step(run_dir) == step + 300
+    after = check_episodes(run_dir, [0, step])
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    numbers = [int(number) for number in re.findall(r"^episode: (\d+),", out, re.MULTILINE)]
+    assert numbers == [number for number in range(len(before), len(after)) if number % 5 == 0]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Send this process a signal when its training run has played `step` steps."""
+    check = training.Checkpointer.step
+
+    def step_and_signal(self: Any, episodes: Any) -> None:
+        check(self, episodes)
+        if self._agent.global_step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training.Checkpointer, "step", step_and_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    stop_at(monkeypatch, 150, number)
+    assert train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run") == 0
+    assert "stopped at step 150, saved; go on with: " in capsys.readouterr().err
+    assert saved_step(tmp_path / "run") == 150
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_stop_that_cannot_save_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("checkpoint not written: No space left on device")
+
+    stop_at(monkeypatch, 150, signal.SIGINT)
+    monkeypatch.setattr(checkpoint, "save", full)
+    train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run")
+    assert "stopped at step 150, NOT saved; " in capsys.readouterr().err
+
+
+def test_a_resume_goes_on_with_everything_that_learning_depends_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 200, "--run-dir", run_dir) == 0
+    state = checkpoint.load(run_dir)
+    envs, agent = training.build(load_run(run_dir))
+    envs.close()
+    agent.load_state_dict(state["agent"])
+    again = agent.state_dict()
+    assert state["agent"]["clocks"] == [agent.global_step, agent.episodes, agent.num_updates]
+    assert agent.global_step == 200 and agent.num_updates > 0
+    assert sorted(again) == sorted(state["agent"])
+    for name in ("q_network", "target_network"):
+        torch.testing.assert_close(again[name], state["agent"][name], rtol=0, atol=0)
+    torch.testing.assert_close(again["optimizer"]["state"], state["agent"]["optimizer"]["state"], rtol=0, atol=0)
+    assert torch.equal(again["generator"], state["agent"]["generator"])
+    assert (again["next_train"], again["next_sync"]) == (state["agent"]["next_train"], state["agent"]["next_sync"])
+
+
+# ---------------------------------------------------------------- the replay buffer in the checkpoint
+
+
+def test_a_resumed_buffer_holds_what_was_stored(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 200, "--checkpoint-replay", "--run-dir", run_dir) == 0
+    stored = checkpoint.load(run_dir)["agent"]["replay"]
+    envs, agent = training.build(load_run(run_dir))
+    agent.load_state_dict(checkpoint.load(run_dir)["agent"])
+    assert len(agent.replay) == 200
+    for name, value in agent.replay.state_dict().items():
+        assert torch.equal(value, stored[name]) if isinstance(value, torch.Tensor) else value == stored[name], name
+    rewards = agent.replay.rewards[agent.replay.playable]
+    assert len(rewards) == 200 and (rewards == 1).all()  # every step of CartPole earns 1
+    agent.begin(envs.reset(seed=0)[0])
+    envs.close()
+    agent.replay.check_valid()
+    assert len(agent.replay) == 200
+
+
+@pytest.mark.parametrize(("option", "expected"), [("--checkpoint-replay", True), ("--no-checkpoint-replay", False)])
+def test_learning_goes_on_at_once_only_with_the_buffer(tmp_path: Path, option: str, expected: bool) -> None:
+    """Without it, 50 transitions must be played before learning begins anew."""
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, option, "--total-steps", 200, "--run-dir", run_dir) == 0
+    before = checkpoint.load(run_dir)["agent"]["clocks"]
+    assert train("--resume", run_dir, "--total-steps", 240) == 0
+    after = checkpoint.load(run_dir)["agent"]["clocks"]
+    assert after[0] == before[0] + 40
+    assert (after[2] > before[2]) == expected
+    check_episodes(run_dir, [0, 200])
+
+
+# ---------------------------------------------------------------- repeated
+
+
+@pytest.mark.parametrize(("words", "steps"), [(CARTPOLE, 600), ([*GRAVITAR, "--env.max-frames", "1200"], 640)])
+def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[str], steps: int) -> None:
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run_dir in runs:
+        assert train(*words, "--total-steps", steps, "--run-dir", run_dir) == 0
+    first, second = ((run_dir / "episodes.csv").read_bytes() for run_dir in runs)
+    assert first == second
+    assert first.count(b"\n") > 1, "no game was finished"
+    a, b = (checkpoint.load(run_dir)["agent"] for run_dir in runs)
+    assert a["clocks"] == b["clocks"] and a["clocks"][2] > 10, "nothing was learned"
+    assert torch.equal(a["generator"], b["generator"])
+    for name, weights in a["q_network"].items():
+        assert torch.equal(weights, b["q_network"][name]), name
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        assert train(*CARTPOLE, "--seed", seed, "--total-steps", 200, "--run-dir", tmp_path / str(seed)) == 0
+    assert (tmp_path / "1" / "episodes.csv").read_bytes() != (tmp_path / "2" / "episodes.csv").read_bytes()
+
+
+# ---------------------------------------------------------------- killed
+
+
+def _train_alone(words: list[object]) -> None:
+    """In a process of its own, whose output nobody reads."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own one is a semaphore that outlives a kill
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    raise SystemExit(train(*words))
+
+
+class Killable:
+    """A training run that can be killed. Forked from a server that has torch loaded, so that 20 of them are cheap."""
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gravitar_dqn.training", "test_resume"])
+
+    def __init__(self, words: list[object]) -> None:
+        self.process = self.context.Process(target=_train_alone, args=(words,))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def communicate(self) -> str:
+        return f"exit code {self.process.exitcode}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL
+
+
+def kill_and_resume(run_dir: Path, times: int, seed: int) -> None:
+    """Kill a run that saves as often as it can, at random moments, and resume it each time."""
+    often = ["--checkpoint-minutes", 0.0005, "--log-seconds", 0.02, *FOR_EVER]
+    rng, sessions, kept = random.Random(seed), [0], list[dict[str, float]]()
+    words: list[object] = [*CARTPOLE, "--checkpoint-replay", "--run-dir", run_dir, *often]
+    home = checkpoint.folder(run_dir)
+    latest = home / "latest"
+    torn = 0
+    for i in range(times):
+        before = latest.readlink() if latest.is_symlink() else None
+        run = Killable(words)
+        wait_until(lambda before=before: latest.is_symlink() and latest.readlink() != before, run)
+        time.sleep(rng.uniform(0, 0.4))
+        if i % 2:  # every other kill hits a save
+            wait_until(lambda: list(home.glob("*.tmp")), run)
+        run.kill()
+        torn += bool(list(home.glob("*.tmp")))
+
+        sessions.append(saved_step(run_dir))
+        words = ["--resume", run_dir, *often]
+        assert sessions[-1] > sessions[-2]
+        games = rows(run_dir / "episodes.csv")
+        assert games[: len(kept)] == kept, "rows of games before the last checkpoint were lost"
+        kept = [game for game in games if game["global_step"] <= sessions[-1]]
+    assert train("--resume", run_dir, "--total-steps", sessions[-1] + 50) == 0
+    assert saved_step(run_dir) == sessions[-1] + 50
+    games = check_episodes(run_dir, sessions)
+    assert games[: len(kept)] == kept
+    steps = [row["global_step"] for row in rows(run_dir / "metrics.csv")]
+    assert steps == sorted(steps)
+    episodes = checkpoint.load(run_dir)["agent"]["clocks"][1]
+    assert len(games) == episodes
+    print(f"{times} kills, {torn} in the middle of a save, {sessions[-1]} steps, {len(games)} games")
+
+
+def test_a_killed_run_resumes_from_a_whole_checkpoint(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", times=3, seed=random.randrange(2**32))
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_resumes_every_time(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path / "run", times=20, seed=random.randrange(2**32))
