@@ -18,14 +18,18 @@ from gravitar_dqn.returns import masked_mean
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update)."""
+    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update).
+
+    With a `horizon` the past never weighs more than that many observations: it is forgotten exponentially.
+    """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), horizon: float = math.inf) -> None:
         super().__init__()
+        self._horizon = horizon
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
@@ -43,7 +47,7 @@ class RunningMeanStd(nn.Module):
         m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
         self.mean += delta * count / total
         self.var.copy_(m2 / total)
-        self.count.copy_(total)
+        self.count.copy_(total.clamp(max=self._horizon))
 
     @property
     def std(self) -> Tensor:
@@ -83,16 +87,20 @@ class RND(nn.Module):
         self.target = IntrinsicNetwork(frame_shape, predictor=False)
         self.predictor = IntrinsicNetwork(frame_shape, predictor=True)
         self.obs_rms = RunningMeanStd(frame_shape)
-        self.reward_rms = RunningMeanStd()
+        self.reward_rms = RunningMeanStd(horizon=config.reward_horizon)
         self.forward_filter = RewardForwardFilter(num_envs, config.gamma)
 
     def observe(self, obs: Tensor, played: Tensor) -> Tensor:
-        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true."""
-        frames = self._newest(obs)
+        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true.
+
+        Zero for the first `init_obs_steps`: on unscaled observations the errors are thousands of times too large, and
+        the reward's statistics would not get over them.
+        """
         with torch.no_grad():
-            bonus = self.errors(obs)
-        self.obs_rms.update(frames, played)  # after the bonus, which used the old statistics
-        self.reward_rms.update(self.forward_filter.update(bonus, played), played)
+            ready = played & (self.obs_rms.count >= self.config.init_obs_steps)
+            bonus = self.errors(obs) * ready
+        self.obs_rms.update(self._newest(obs), played)  # after the bonus, which used the old statistics
+        self.reward_rms.update(self.forward_filter.update(bonus, ready), ready)
         return bonus
 
     def learning_rewards(self, bonus: Tensor) -> Tensor:

@@ -256,6 +256,16 @@ def test_a_resume_takes_no_other_folder(run_dir: Path, capsys: pytest.CaptureFix
     assert said == "--resume goes on in its own folder: leave --run-dir out"
 
 
+def test_a_complete_run_is_told_how_to_go_on(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run_dir)
+    games = len(rows(run_dir / "episodes.csv"))
+    said = refusal(capsys, train("--resume", run_dir))
+    assert said == (
+        f"{run_dir} is complete (60 steps, {games} games): a higher --total-steps or --total-episodes goes on"
+    )
+    assert contents(run_dir) == before
+
+
 def test_a_resume_may_change_free_settings(run_dir: Path) -> None:
     words = ["--total-steps", 90, "--log-seconds", 0, "--checkpoint-minutes", 7, "--checkpoint-replay"]
     assert train("--resume", run_dir, *words) == 0
@@ -272,8 +282,16 @@ def test_a_full_disk_at_the_start_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training, "write_config", full)
-    assert refusal(capsys, train(*CARTPOLE, "--run-dir", "run")) == "[Errno 28] No space left on device"
+    said = refusal(capsys, train(*CARTPOLE, "--run-dir", "run"))
+    assert said == "the run's folder run cannot be written: No space left on device"
     assert contents(tmp_path) == {}
+
+
+def test_a_table_that_cannot_be_written_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "eval.tmp").mkdir()
+    words = [str(run_dir), "--episodes", "1", "--device", "cpu"]
+    assert "Is a directory" in refusal(capsys, cli.run(cli.evaluate_command, words, "x.py"))
+    assert not (run_dir / "eval.json").exists()
 
 
 def test_a_full_disk_at_a_checkpoint_is_a_warning(

@@ -44,6 +44,16 @@ def test_running_statistics_in_two_batches() -> None:
     torch.testing.assert_close(rms.var, torch.tensor([8 / 3, 800 / 3]).double(), rtol=1e-3, atol=0)
 
 
+def test_a_horizon_forgets_exponentially() -> None:
+    rms = RunningMeanStd(horizon=10.0)
+    rms.update(torch.full((10,), 5.0))
+    for _ in range(50):
+        rms.update(torch.zeros(1))
+    # each new observation takes 1/11 of the weight
+    assert rms.mean.item() == pytest.approx(5 * (10 / 11) ** 50, rel=1e-3)
+    assert rms.count.item() == 10
+
+
 def test_forward_filter_runs_along_time_and_waits_where_nothing_was_played() -> None:
     forward = RewardForwardFilter(2, 0.5)
     both = torch.tensor([True, True])
@@ -64,9 +74,10 @@ def test_the_bonus_is_the_mean_squared_error_on_one_normalization_for_both_netwo
 
 
 def test_the_bonus_uses_the_statistics_from_before_its_own_frames() -> None:
-    rnd = RND((4, 84, 84), 2, RNDConfig())
+    rnd = RND((4, 84, 84), 2, RNDConfig(init_obs_steps=2))
     played = torch.tensor([True, True])
-    rnd.observe(stacks(2, 1), played)
+    assert rnd.observe(stacks(2, 1), played).tolist() == [0.0, 0.0]  # only initializes the statistics
+    assert rnd.reward_rms.count < 1
     obs = stacks(2, 2)
     expected = rnd.errors(obs).detach()
     torch.testing.assert_close(rnd.observe(obs, played), expected)
