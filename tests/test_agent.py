@@ -213,7 +213,9 @@ def test_notebook_stack_repeats_the_first_frame() -> None:
 
 
 def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
-    config = replace(settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0, init_obs_steps=20))
+    config = replace(
+        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0, init_obs_steps=20)
+    )
     envs, agent = build(config, probes.DelayedReward)
     loop = play(envs, agent, 1)
     for _ in islice(loop, 30):
@@ -252,7 +254,9 @@ def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])
 def test_a_loaded_agent_goes_on_as_the_saved_one(variant: str, tmp_path: Any) -> None:
-    base = replace(settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant, init_obs_steps=20))
+    base = replace(
+        settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant, init_obs_steps=20)
+    )
     envs, agent = build(base, probes.Both)
     for _ in islice(play(envs, agent, 1), 120):
         pass

@@ -108,6 +108,44 @@ def test_a_save_that_fails_at_any_call_leaves_a_whole_latest(
     assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 3
 
 
+class Killed(BaseException):
+    """No handler of errors sees it, as none would see a kill."""
+
+
+def test_a_kill_before_any_call_to_the_system_leaves_a_whole_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {name: getattr(os, name) for name in ("mkdir", "fsync", "replace", "rename", "symlink", "unlink")}
+    checkpoint.save(tmp_path, state(1), 1)
+    checkpoint.save(tmp_path, state(2), 2)
+    survived = 0
+    for allowed in range(100):
+        left = allowed
+
+        def counted(name: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return calls[name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(os, name, counted(name))
+            try:
+                checkpoint.save(tmp_path, state(3), 3)
+                break
+            except Killed:
+                survived += 1
+        assert checkpoint.load(tmp_path)["agent"]["clocks"][0] in (2, 3)
+    assert survived >= 5, "the save made hardly a call"
+    assert names(tmp_path) == ["latest", "step_000000000002.pt", "step_000000000003.pt"]
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 3
+
+
 def test_what_a_kill_left_half_written_is_swept_up(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(1), 1)
     (checkpoint.folder(tmp_path) / "step_000000000002.tmp").write_bytes(b"half")

@@ -106,22 +106,61 @@ def test_a_stop_that_cannot_save_says_so(
     assert "stopped at step 150, NOT saved; " in capsys.readouterr().err
 
 
-def test_a_resume_goes_on_with_everything_that_learning_depends_on(tmp_path: Path) -> None:
+def assert_same(first: Any, second: Any) -> None:
+    """Nested states are equal to the bit."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert list(first) == list(second)
+        for name in first:
+            assert_same(first[name], second[name])
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+@pytest.fixture
+def agents(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The agents of the training runs of this test, as they are built."""
+    built, build = list[Any](), training.build
+
+    def remember(config: Any) -> Any:
+        envs, agent = build(config)
+        built.append(agent)
+        return envs, agent
+
+    monkeypatch.setattr(training, "build", remember)
+    return built
+
+
+def test_a_resume_goes_on_with_everything_that_learning_depends_on(tmp_path: Path, agents: list[Any]) -> None:
     run_dir = tmp_path / "run"
-    assert train(*CARTPOLE, "--total-steps", 200, "--run-dir", run_dir) == 0
-    state = checkpoint.load(run_dir)
-    envs, agent = training.build(load_run(run_dir))
+    assert train(*CARTPOLE, "--rnd.coef", 0.1, "--total-steps", 200, "--run-dir", run_dir) == 0
+    (trained,) = agents
+    assert trained.global_step == 200 and trained.num_updates > 0
+    state = checkpoint.load(run_dir)["agent"]
+    envs, resumed = training.build(load_run(run_dir))
     envs.close()
-    agent.load_state_dict(state["agent"])
-    again = agent.state_dict()
-    assert state["agent"]["clocks"] == [agent.global_step, agent.episodes, agent.num_updates]
-    assert agent.global_step == 200 and agent.num_updates > 0
-    assert sorted(again) == sorted(state["agent"])
-    for name in ("q_network", "target_network"):
-        torch.testing.assert_close(again[name], state["agent"][name], rtol=0, atol=0)
-    torch.testing.assert_close(again["optimizer"]["state"], state["agent"]["optimizer"]["state"], rtol=0, atol=0)
-    assert torch.equal(again["generator"], state["agent"]["generator"])
-    assert (again["next_train"], again["next_sync"]) == (state["agent"]["next_train"], state["agent"]["next_sync"])
+    resumed.load_state_dict(state)
+    for agent in (trained, resumed):
+        assert_same(dict(agent.state_dict()), state)
+        assert torch.equal(agent.generator.get_state(), state["generator"])
+        assert (agent.global_step, agent.episodes, agent.num_updates) == tuple(state["clocks"])
+    for name in ("q_network", "target_network", "rnd"):
+        assert_same(dict(getattr(trained, name).state_dict()), dict(getattr(resumed, name).state_dict()))
+    assert trained.epsilon == resumed.epsilon < 1
+
+
+def test_a_resume_plays_other_games_than_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, play = list[int](), training.play
+    monkeypatch.setattr(training, "play", lambda envs, agent, seed: (seeds.append(seed), play(envs, agent, seed))[1])
+    assert train(*CARTPOLE, "--seed", 5, "--total-steps", 100, "--run-dir", tmp_path / "run") == 0
+    assert train("--resume", tmp_path / "run", "--total-steps", 150) == 0
+    assert train("--resume", tmp_path / "run", "--total-steps", 200) == 0
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
 
 
 # ---------------------------------------------------------------- the replay buffer in the checkpoint
