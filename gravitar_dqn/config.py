@@ -66,8 +66,8 @@ class RNDConfig:
     """Discount of the intrinsic return whose standard deviation scales the bonus."""
     init_obs_steps: int = _bounded(5_000)
     """Steps that only initialize the observation statistics: there is no bonus before."""
-    reward_horizon: int = _bounded(100_000, low=1)
-    """Steps after which the intrinsic return's statistics have forgotten two thirds of what they saw."""
+    reward_horizon: int = _bounded(20_000, low=1)
+    """Steps after which the intrinsic return's statistics have forgotten most of what they saw."""
 
 
 @dataclass(frozen=True)
