@@ -45,7 +45,7 @@ class EnvConfig:
     sticky_actions: float = _bounded(0.25, high=1)
     """Probability that the emulator repeats the last action instead of the chosen one."""
     noop_max: int = _bounded(30)
-    """Up to this many no-ops at the start of a game."""
+    """Up to this many no-ops at the start of an image game."""
     max_frames: int = _bounded(108_000, low=1)
     """A game is cut off (truncated) after this many emulator frames."""
 
@@ -250,10 +250,11 @@ def validate(config: Config) -> None:
                 bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
     agent = config.agent
-    if agent.learning_starts >= agent.buffer_size:
+    needed = max(agent.learning_starts, agent.n_step * config.env.num_envs)
+    if agent.buffer_size <= needed:
         raise UserError(
-            f"agent.learning_starts ({agent.learning_starts}) is not below agent.buffer_size ({agent.buffer_size}): "
-            "learning would never begin"
+            f"agent.buffer_size is {agent.buffer_size}: learning would never begin, it must be above {needed} "
+            "(agent.learning_starts, and agent.n_step steps of every environment)"
         )
 
 

@@ -66,9 +66,14 @@ class TrackedAgent(Protocol):
         """Means since the last call."""
 
 
-def warn(message: str) -> None:
+def tell(message: str) -> None:
     """One line on standard error, above the progress line."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """A line for something that went wrong while the run goes on."""
+    tell(f"warning: {message}")
 
 
 class CsvLog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from gravitar_dqn.config import Config, UserError, to_dict
 from gravitar_dqn.dashboard import Dashboard
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.replay import plan_memory
-from gravitar_dqn.tracking import Console, Episode, Observer, TrackedAgent, Tracker, warn
+from gravitar_dqn.tracking import Console, Episode, Observer, TrackedAgent, Tracker, tell, warn
 from gravitar_dqn.visdom_files import DashboardError
 from gravitar_dqn.visdom_server import find_or_start_server
 
@@ -203,7 +204,7 @@ def build(config: Config) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = games.make_envs(config.env)
     frame_shape, frame_dtype = games.frame_of(envs)
-    print(plan_memory(config.agent.buffer_size, config.env.num_envs, frame_shape, frame_dtype, device), file=sys.stderr)
+    tell(plan_memory(config.agent.buffer_size, config.env.num_envs, frame_shape, frame_dtype, device))
     return envs, DQNAgent(config, frame_shape, frame_dtype, games.num_actions_of(envs), device)
 
 
@@ -233,11 +234,10 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     console = Console(agent, state and state["console"])
     checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
     observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]
-    note = "going on with" if resume else "run folder:"
-    print(f"{note} {run_dir}, on {describe_device(agent.device)}", file=sys.stderr)
+    tell(f"{'going on with' if resume else 'run folder:'} {run_dir}, on {describe_device(agent.device)}")
     dashboard = open_dashboard(config.dashboard, run_dir, video_dir)
-    try:
-        with Stop() as stop:
+    with Stop() as stop:
+        try:
             if state is None:
                 checkpointer.save()  # from now on a kill leaves something whole to resume from
             for episodes in play(envs, agent, config.seed + agent.global_step):
@@ -246,16 +246,27 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
                 if stop.requested or finished(config, agent):
                     break
             saved = checkpointer.save()
-    finally:
-        for observer in observers:
-            observer.close()
-        if dashboard is not None:
-            dashboard.close()
-        envs.close()
-    if not finished(config, agent):
-        how = f"{Path(sys.argv[0]).name} --resume {run_dir}"
-        where = "saved" if saved else "NOT saved"
-        print(f"stopped at step {agent.global_step}, {where}; go on with: {how}", file=sys.stderr)
+            if saved and not finished(config, agent):
+                tell(f"stopped at step {agent.global_step}, saved; go on with: {resume_command(run_dir)}")
+        finally:
+            for observer in observers:
+                observer.close()
+            if dashboard is not None:
+                dashboard.close()
+            envs.close()
+    if not saved:
+        raise UserError(f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it")
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to go on with a run, as this one was started: by the script or by the installed command."""
+    program = Path(sys.argv[0])
+    if program.suffix != ".py":
+        return shlex.join([program.name, "train", "--resume", str(run_dir)])
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), str(program), "--resume", str(run_dir)])
 
 
 def finished(config: Config, agent: TrackedAgent) -> bool:
@@ -281,5 +292,5 @@ def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | N
         return None
     dashboard = Dashboard(run_dir, server, video_dir=video_dir)
     dashboard.start()
-    print(f"dashboard: {dashboard.url}", file=sys.stderr)
+    tell(f"dashboard: {dashboard.url}")
     return dashboard

@@ -143,9 +143,11 @@ def test_bounds_themselves_are_allowed() -> None:
 
 def test_a_buffer_that_could_never_start_learning_is_refused() -> None:
     config = changed(Config(), "agent.buffer_size", 20_000)
-    with pytest.raises(UserError, match=r"learning_starts \(20000\) is not below agent.buffer_size \(20000\)"):
+    with pytest.raises(UserError, match="buffer_size is 20000: learning would never begin, it must be above 20000"):
         validate(config)
     validate(changed(config, "agent.learning_starts", 19_999))
+    with pytest.raises(UserError, match="must be above 96"):  # three steps of 32 environments
+        validate(changed(changed(config, "agent.learning_starts", 0), "agent.buffer_size", 96))
 
 
 @pytest.mark.parametrize(
