@@ -115,6 +115,7 @@ class Chart:
 def standard_charts(speed: str, speed_scale: float) -> tuple[Chart, ...]:
     """The charts of every preset but `notebook`."""
     to_zero = {"rangemode": "tozero"}
+    log = {"type": "log", "exponentformat": "power"}
     score = (
         Line("game", "episodic_return", "#9CC9E5", source="episodes"),
         Line("average of 100", "return_mean", BLUE),
@@ -129,8 +130,8 @@ def standard_charts(speed: str, speed_scale: float) -> tuple[Chart, ...]:
     )
     return (
         Chart("score", "Score", "score", score),
-        Chart("int_reward", "Reward, intrinsic", "bonus", reward),
-        Chart("loss", "Loss", "loss (log)", loss, {"type": "log", "exponentformat": "power"}),
+        Chart("int_reward", "Reward, intrinsic", "bonus (log)", reward, log),
+        Chart("loss", "Loss", "loss (log)", loss, log),
         Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),)),
         Chart("epsilon", "Epsilon", "epsilon", (Line("epsilon", "epsilon"),), to_zero),
         Chart("speed", "Speed", "per second", rates, to_zero),
@@ -252,6 +253,7 @@ def video_pane(caption: str, mp4: bytes | None) -> Pane:
 def settings_pane(settings: Mapping[str, Any]) -> Pane:
     """A table of config.json, the lines that tell one run from another first."""
     rows = flatten(settings)
+    rows.pop("config.preset", None)  # the same as "preset"
     first: dict[str, Any] = {
         name: rows.pop(name) for name in ("preset", "config.seed", "device", "commit") if name in rows
     }
