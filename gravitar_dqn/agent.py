@@ -1,6 +1,6 @@
 """The DQN agent: act, observe, update, and everything it must remember.
 
-Nothing here waits for the device but `act`, which hands the actions to the emulator, and `metrics`, at a log tick.
+Nothing here reads a number back from the device but `metrics`, at a log tick. (The notebook's curiosity does.)
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
 from gravitar_dqn.rnd import make_rnd
 
 Array = npt.NDArray[Any]
+
+
+CLOCKS = ("global_step", "episodes", "num_updates")
 
 
 class DQNAgent:
@@ -69,14 +72,17 @@ class DQNAgent:
         self._autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=choose_precision(config.precision, device) == "bf16"
         )
-        self._exponents = returns.ladder_exponents(num_envs, settings.epsilon_ladder).to(device)
+        # Every environment's last epsilon, on the host for what is told; a copy on the device acts.
+        self._epsilon_ends = returns.epsilon_ladder(settings.epsilon_end, num_envs, settings.epsilon_ladder)
+        self._epsilon_ends_here = self._epsilon_ends.to(device)
         self._obs: Tensor | None = None  # the newest observations, shared by acting and curiosity
         self._reset_metrics()
 
         self.global_step = 0  # agent steps played, over all environments
         self.episodes = 0  # games finished
         self.num_updates = 0  # gradient steps
-        self.messages: list[str] = []  # lines for the console, taken by whoever prints them
+        self.batch_size = settings.batch_size
+        self.messages: list[str] = []
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
 
@@ -87,15 +93,19 @@ class DQNAgent:
         """Now, in the unit of `agent.clock`: agent steps or episodes."""
         return self.global_step if self.config.agent.clock == "steps" else self.episodes
 
-    def _base_epsilon(self) -> float:
+    def _epsilons(self, ends: Tensor) -> Tensor:
         settings = self.config.agent
-        return returns.linear_schedule(settings.epsilon_start, settings.epsilon_end, settings.epsilon_decay, self.clock)
+        return returns.linear_schedule(settings.epsilon_start, ends, settings.epsilon_decay, self.clock)
 
     @property
     def epsilon(self) -> float:
         """Probability of a random action, averaged over the environments."""
-        exponents = returns.ladder_exponents(self.config.env.num_envs, self.config.agent.epsilon_ladder)
-        return float((self._base_epsilon() ** exponents).mean())
+        return float(self._epsilons(self._epsilon_ends).mean())
+
+    @property
+    def filling(self) -> int | None:
+        """Transitions stored while the replay buffer is not full yet; None from then on."""
+        return None if self.replay.full else len(self.replay)
 
     def begin(self, obs: Array) -> None:
         """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
@@ -109,7 +119,7 @@ class DQNAgent:
         assert self._obs is not None, "begin() comes first"
         with self._autocast:
             q_values = self.q_network(self._obs)
-        return returns.epsilon_greedy(q_values, self._base_epsilon() ** self._exponents, self.generator)
+        return returns.epsilon_greedy(q_values, self._epsilons(self._epsilon_ends_here), self.generator)
 
     @profile
     def observe(
@@ -124,7 +134,7 @@ class DQNAgent:
         self.global_step += int(played.sum())
         self.episodes += int(((terminations | truncations) & played).sum())
         if self.rnd is not None:
-            mask = torch.from_numpy(played).to(self.device)
+            mask = self.replay.last_played()
             with self._autocast:
                 bonus = self.rnd.observe(self._obs, mask)
             self.replay.set_int_rewards(bonus)
@@ -178,9 +188,11 @@ class DQNAgent:
         rewards = settings.reward_scale * batch.rewards
         if self.rnd is not None:
             rewards = rewards + self.config.rnd.coef * self.rnd.learning_rewards(batch.int_rewards)
+        # Before the passes without gradient: autocast caches weights it has cast, in some versions without theirs.
+        q_values = self.q_network(batch.obs)
         with torch.no_grad():
-            next_q = self.target_network(batch.next_obs).float()
-            next_q_online = self.q_network(batch.next_obs).float() if settings.double_q else None
+            next_q = self.target_network(batch.next_obs)
+            next_q_online = self.q_network(batch.next_obs) if settings.double_q else None
             terminated = batch.terminated | batch.truncated if settings.time_limit_is_terminal else batch.terminated
             targets = returns.td_targets(
                 returns.n_step_returns(rewards, settings.gamma),
@@ -192,10 +204,7 @@ class DQNAgent:
             )
             weights = torch.ones_like(targets)
             if settings.priority_exponent > 0:
-                weights = returns.importance_weights(
-                    batch.probabilities, self.replay.num_sampleable, settings.importance_exponent
-                )
-        q_values = self.q_network(batch.obs).float()
+                weights = returns.importance_weights(batch.probabilities, settings.importance_exponent)
         loss, td_errors = returns.td_loss(q_values, batch.actions, targets, weights)
         return loss, td_errors, q_values.detach().mean()
 
@@ -224,6 +233,10 @@ class DQNAgent:
             "int_reward_max": int_max if np.isfinite(int_max) else nan,
         }
 
+    def policy_state(self) -> dict[str, Any]:
+        """The Q network's weights, for recordings."""
+        return self.q_network.state_dict()
+
     def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
         """All that learning depends on; the replay buffer only where asked for."""
         return {
@@ -232,7 +245,7 @@ class DQNAgent:
             "rnd": None if self.rnd is None else self.rnd.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "clocks": [self.global_step, self.episodes, self.num_updates],
+            "clocks": {name: getattr(self, name) for name in CLOCKS},
             "next_train": self._next_train,
             "next_sync": self._next_sync,
             "replay": self.replay.state_dict() if replay else None,
@@ -249,8 +262,9 @@ class DQNAgent:
         try:
             self.generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError):  # saved on another kind of device: its random numbers cannot go on here
-            self.generator.manual_seed(self.config.seed + state["clocks"][0])
-        self.global_step, self.episodes, self.num_updates = state["clocks"]
+            self.generator.manual_seed(self.config.seed + state["clocks"]["global_step"])
+        for name in CLOCKS:
+            setattr(self, name, int(state["clocks"][name]))
         self._next_train, self._next_sync = state["next_train"], state["next_sync"]
         if state["replay"] is not None:
             self.replay.load_state_dict(state["replay"])

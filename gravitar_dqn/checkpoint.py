@@ -64,7 +64,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in a checkpoint file; UserError when it is cut short or not ours."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's word on files that are not its own
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # its reader fails in many ways, IndexError and struct.error among them
         others = [str(p) for p in sorted(path.parent.glob("step_*.pt")) if p != path]
         hint = f"; {others[-1]} is the one before it" if others else ""

@@ -178,7 +178,7 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     q_network = load_q_network(config, state["agent"]["q_network"])
     home = arguments.video_dir / arguments.run_dir.resolve().name
     for i in range(arguments.episodes):
-        path = home / f"step_{state['agent']['clocks'][0]}_seed_{arguments.seed + i}.mp4"
+        path = home / f"step_{state['agent']['clocks']['global_step']}_seed_{arguments.seed + i}.mp4"
         try:
             score = record_game(config, q_network, path, epsilon=arguments.epsilon, seed=arguments.seed + i)
         except VideoError as error:

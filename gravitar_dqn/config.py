@@ -64,10 +64,8 @@ class RNDConfig:
     """Share of each batch that the predictor learns from."""
     gamma: float = _bounded(0.99, high=1)
     """Discount of the intrinsic return whose standard deviation scales the bonus."""
-    init_obs_steps: int = _bounded(5_000)
-    """Steps that only initialize the observation statistics: there is no bonus before."""
-    reward_horizon: int = _bounded(20_000, low=1)
-    """Steps after which the intrinsic return's statistics have forgotten most of what they saw."""
+    init_updates: int = _bounded(500)
+    """Gradient steps of the predictor before there is a bonus: an untrained one's errors are all large."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class DQNConfig:
     epsilon_decay: int = _bounded(100_000, low=1)
     """Clock units over which epsilon falls linearly."""
     epsilon_ladder: float = _bounded(7.0)
-    """Environment i of N explores with epsilon ** (1 + this * i / (N - 1)) (Horgan 2018); 0: all alike."""
+    """Environment i of N ends at epsilon_end ** (1 + this * i / (N - 1)) (Horgan 2018); 0: all alike."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Config:
     """Record a game with the present policy every this many episodes; 0: never. (free)"""
     video_dir: str = "videos"
     """Recordings go to <video_dir>/<name of the run's folder>/. (free)"""
-    checkpoint_minutes: float = _bounded(10.0)
+    checkpoint_minutes: float = _bounded(10.0, low=1e-4)
     """Minutes from one checkpoint to the next. (free)"""
     checkpoint_replay: bool = False
     """Save the replay buffer in checkpoints too: a resumed run then learns on at once. (free)"""

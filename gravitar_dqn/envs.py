@@ -87,15 +87,15 @@ def make_recorded_env(
     `on_frame` gets every picture in colour, (height, width, 3) uint8; for `ALE/` image games every emulator frame.
     """
     spec = _find(config)
-    every_frame = is_atari(spec) and config.obs_type == "image" and spec.vector_entry_point is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         env = SyncVectorEnv([lambda: _make_single(config, spec, on_frame)], autoreset_mode=AutoresetMode.NEXT_STEP)
     if not is_atari(spec):
         return env, float(env.metadata.get("render_fps", 30))
-    # The old ids skip 2, 3 or 4 frames at random: 3 on average.
-    skipped = 1 if every_frame else FRAME_SKIP if spec.vector_entry_point is not None else 3
-    return env, EMULATOR_FPS / skipped
+    skip = _emulator_skip(config, spec)
+    # The oldest ids skip a random number of frames, (2, 5) being 2 to 4.
+    frames = sum(range(*skip)) / len(range(*skip)) if isinstance(skip, tuple) else skip
+    return env, EMULATOR_FPS / frames
 
 
 def _find(config: EnvConfig) -> EnvSpec:
@@ -103,6 +103,14 @@ def _find(config: EnvConfig) -> EnvSpec:
         return gym.spec(config.id)
     except gym.error.Error as error:
         raise UserError(f"unknown game {config.id!r}: {' '.join(str(error).split())}") from None
+
+
+def _emulator_skip(config: EnvConfig, spec: EnvSpec) -> int | tuple[int, int]:
+    """Frames that the emulator itself skips: what the old ids say, else none for images (the wrapper skips)."""
+    if spec.vector_entry_point is None:
+        skip: int | tuple[int, int] = spec.kwargs["frameskip"]
+        return skip
+    return 1 if config.obs_type == "image" else FRAME_SKIP
 
 
 def _make_single(
@@ -113,21 +121,20 @@ def _make_single(
     if on_frame is not None:
         kwargs["render_mode"] = "rgb_array"
     image = is_atari(spec) and config.obs_type == "image"
-    skips_itself = spec.kwargs.get("frameskip", FRAME_SKIP) != 1 and spec.vector_entry_point is None
     if is_atari(spec):
         kwargs |= {
             "repeat_action_probability": config.sticky_actions,
             "max_num_frames_per_episode": config.max_frames,
             "obs_type": "grayscale" if image else "ram",
         }
-        if not skips_itself:
-            kwargs["frameskip"] = 1 if image else FRAME_SKIP
+        kwargs["frameskip"] = _emulator_skip(config, spec)
     try:
         env: gym.Env[Any, Any] = gym.make(config.id, **kwargs)
         if on_frame is not None:
             env = _Shown(env, on_frame)
         if image:
-            env = AtariPreprocessing(env, noop_max=config.noop_max, frame_skip=1 if skips_itself else FRAME_SKIP)
+            frame_skip = FRAME_SKIP if kwargs["frameskip"] == 1 else 1
+            env = AtariPreprocessing(env, noop_max=config.noop_max, frame_skip=frame_skip)
     except (gym.error.Error, ImportError) as error:  # a package that the game needs, such as cv2, is missing
         raise UserError(f"cannot make {config.id}: {' '.join(str(error).split())}") from None
     return env

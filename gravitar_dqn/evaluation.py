@@ -143,7 +143,7 @@ def evaluate(run_dir: Path, *, episodes: int, epsilon: float, seed: int, device:
     policy = Policy(config, q_network, games.frame_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
-    result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"][0])
+    result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"]["global_step"])
     aside = run_dir / "eval.tmp"
     aside.write_text(json.dumps(result, indent=2) + "\n")
     aside.replace(run_dir / "eval.json")

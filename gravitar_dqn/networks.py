@@ -73,6 +73,18 @@ def orthogonal_init(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def fp32_last(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`layers` of x, the last one in fp32 also under autocast.
+
+    Actions differ by far less than bfloat16 resolves next to a value of 5: their order would be lost.
+    """
+    hidden, last = layers[:-1], layers[-1]
+    x = hidden(x)
+    with torch.autocast(x.device.type, enabled=False):
+        outputs: Tensor = last(x.float())
+    return outputs
+
+
 class QNetwork(nn.Module):
     """MLP for vector observations: (B, inputs) -> (B, num_actions)."""
 
@@ -82,8 +94,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q values (B, num_actions) of obs (B, inputs)."""
-        q_values: Tensor = self.layers(scale_pixels(obs))
-        return q_values
+        return fp32_last(self.layers, scale_pixels(obs))
 
 
 class DuelingConvQNetwork(nn.Module):
@@ -99,9 +110,8 @@ class DuelingConvQNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Q values (B, num_actions) of obs (B, channels, 84, 84) uint8."""
         features = self.trunk(obs)
-        advantages = self.advantage(features)
-        q_values: Tensor = self.value(features) + advantages - advantages.mean(dim=1, keepdim=True)
-        return q_values
+        advantages = fp32_last(self.advantage, features)
+        return fp32_last(self.value, features) + advantages - advantages.mean(dim=1, keepdim=True)
 
 
 class IntrinsicNetwork(nn.Module):

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from torch import nn
 from gravitar_dqn import envs as games
 from gravitar_dqn.config import Config, UserError, from_dict, to_dict
 from gravitar_dqn.evaluation import Policy, load_q_network, play_games
-from gravitar_dqn.tracking import Console, Episode, warn
+from gravitar_dqn.tracking import Console, Episode, TrackedAgent, warn
 
 
 class VideoError(Exception):
@@ -108,7 +109,7 @@ class Recorder:
     run goes on without videos.
     """
 
-    def __init__(self, config: Config, home: Path, agent: Any, console: Console) -> None:
+    def __init__(self, config: Config, home: Path, agent: TrackedAgent, console: Console) -> None:
         self._config, self._home, self._agent, self._console = config, home, agent, console
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -132,7 +133,7 @@ class Recorder:
                 self._start()
             assert self._scratch is not None and self._process is not None and self._process.stdin is not None
             weights = Path(self._scratch.name) / "q_network.pt"
-            torch.save(self._agent.q_network.state_dict(), weights)
+            torch.save(self._agent.policy_state(), weights)
             order = {
                 "config": to_dict(self._config),
                 "weights": str(weights),
@@ -221,9 +222,15 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not an answer
+    order: dict[str, Any] = {"weights": "/nowhere/nothing"}
     for line in io.TextIOWrapper(sys.stdin.buffer):
-        answers.write(json.dumps(_film(json.loads(line))) + "\n")
-        answers.flush()
+        order = json.loads(line)
+        try:
+            answers.write(json.dumps(_film(order)) + "\n")
+            answers.flush()
+        except OSError:  # training was killed: nobody else will clear up
+            break
+    shutil.rmtree(Path(order["weights"]).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

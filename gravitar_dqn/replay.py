@@ -16,6 +16,7 @@ Deep in-GPU replay: Parr 2018 (arXiv 1801.03138). Priorities: Schaul 2015 (arXiv
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ class ReplayBuffer:
             self.playable[self._cursor] = False
             self._played[self._cursor] = 0
         self._ages[:] = 0
-        self._advance(obs)
+        self._advance(obs, torch.zeros(self.num_envs, device=self.device))
 
     @profile
     def put(
@@ -158,25 +159,26 @@ class ReplayBuffer:
         *frame_shape). `played` (num_envs,) is false where this was the dummy step after a game's end: there the
         frame is a new game's first.
         """
-        packed = np.stack([rewards, terminations & played, truncations & played, played]).astype(np.float32)
+        self._ages = np.where(played, np.minimum(self._ages + 1, self.stack - 1), 0)
+        flags = [terminations & played, truncations & played, played]
+        packed = np.stack([rewards, self._ages, *flags]).astype(np.float32)
         columns = torch.from_numpy(packed).to(self.device)  # one small transfer for all of them
         row = self._cursor
         self.actions[row] = actions
         self.rewards[row] = columns[0]
-        self.terminations[row], self.truncations[row], self.playable[row] = columns[1:].bool()
+        self.terminations[row], self.truncations[row], self.playable[row] = columns[2:].bool()
         self.int_rewards[row] = 0
         self._played[row] = played.sum()
-        self._ages = np.where(played, np.minimum(self._ages + 1, self.stack - 1), 0)
-        self._advance(next_obs)
+        self._advance(next_obs, columns[1])
 
-    def _advance(self, obs: npt.NDArray[Any]) -> None:
-        """Move the cursor to the next row, write the newest frames there, and keep the weights true."""
+    def _advance(self, obs: npt.NDArray[Any], ages: Tensor) -> None:
+        """Move the cursor to the next row, write the newest frames and their ages, and keep the weights true."""
         self._cursor = row = (self._cursor + 1) % self.num_rows
         self._written += 1
         first = row * self.num_envs
         frames = torch.from_numpy(np.ascontiguousarray(obs)).view(self.num_envs, *self.frame_shape)
         self.frames[first : first + self.num_envs].copy_(frames)
-        self.ages[row] = torch.from_numpy(self._ages.astype(np.uint8)).to(self.device)
+        self.ages[row] = ages
         self.playable[row] = False
         self._played[row] = 0
         # The new frames took the place of the oldest row, which the stacks of the next stack - 1 rows reached into.
@@ -216,10 +218,9 @@ class ReplayBuffer:
         first = self._cursor * self.num_envs
         return self.frames[first : first + self.num_envs]
 
-    @property
-    def num_sampleable(self) -> Tensor:
-        """How many transitions can be sampled, a scalar on the device."""
-        return (self.weights > 0).sum()
+    def last_played(self) -> Tensor:
+        """Where the step that `put` stored last was a real one: (num_envs,) bool, on the device."""
+        return self.playable[(self._cursor - 1) % self.num_rows]
 
     @profile
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
@@ -319,12 +320,14 @@ def available_bytes(device: torch.device) -> int:
     """Memory free for tensors on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or free
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return min(free)
 
 
 def plan_memory(

@@ -58,20 +58,20 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def importance_weights(probabilities: Tensor, count: Tensor, exponent: float) -> Tensor:
-    """(N * P)^-exponent, divided by the largest (Schaul 2015, section 3.4). probabilities (B,), count scalar."""
-    weights = (count * probabilities) ** -exponent
+def importance_weights(probabilities: Tensor, exponent: float) -> Tensor:
+    """(N * P)^-exponent, divided by the largest (Schaul 2015, section 3.4): N cancels. (B,) -> (B,) float32."""
+    weights = probabilities**-exponent
     return (weights / weights.max()).float()
 
 
-def linear_schedule(start: float, end: float, duration: int, now: int) -> float:
-    """From `start` to `end` over `duration` units of the caller's clock, then `end`."""
+def linear_schedule(start: float, end: Tensor, duration: int, now: int) -> Tensor:
+    """From `start` to `end`, any shape, over `duration` units of the caller's clock, then `end`."""
     return start + (end - start) * min(now / duration, 1.0)
 
 
-def ladder_exponents(num_envs: int, ladder: float) -> Tensor:
-    """Exponents 1 + ladder * i / (N - 1) of a ladder of epsilons over environments (Horgan 2018, eq. 1): (N,)."""
-    return 1 + ladder * torch.arange(num_envs) / max(num_envs - 1, 1)
+def epsilon_ladder(epsilon: float, num_envs: int, ladder: float) -> Tensor:
+    """Epsilons epsilon ** (1 + ladder * i / (N - 1)) over N environments (Horgan 2018, eq. 1): (N,) float64."""
+    return epsilon ** (1 + ladder * torch.arange(num_envs, dtype=torch.float64) / max(num_envs - 1, 1))
 
 
 def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,18 +18,14 @@ from gravitar_dqn.returns import masked_mean
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update).
-
-    With a `horizon` the past never weighs more than that many observations: it is forgotten exponentially.
-    """
+    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update)."""
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = (), horizon: float = math.inf) -> None:
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self._horizon = horizon
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
@@ -47,7 +43,7 @@ class RunningMeanStd(nn.Module):
         m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
         self.mean += delta * count / total
         self.var.copy_(m2 / total)
-        self.count.copy_(total.clamp(max=self._horizon))
+        self.count.copy_(total)
 
     @property
     def std(self) -> Tensor:
@@ -75,10 +71,12 @@ class RND(nn.Module):
     """Bonus of the newest frame, on observations normalized by their running mean and standard deviation.
 
     The bonus is divided by the running standard deviation of its own discounted sums. Both networks see the
-    same normalized frame.
+    same normalized frame. There is no bonus until the predictor has had `init_updates` gradient steps: before, its
+    errors are a hundred times larger everywhere, which tells nothing of novelty and would set the scale for long.
     """
 
     learns = True
+    updates: Tensor
 
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
         super().__init__()
@@ -87,21 +85,23 @@ class RND(nn.Module):
         self.target = IntrinsicNetwork(frame_shape, predictor=False)
         self.predictor = IntrinsicNetwork(frame_shape, predictor=True)
         self.obs_rms = RunningMeanStd(frame_shape)
-        self.reward_rms = RunningMeanStd(horizon=config.reward_horizon)
+        self.reward_rms = RunningMeanStd()
         self.forward_filter = RewardForwardFilter(num_envs, config.gamma)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # gradient steps of the predictor
 
     def observe(self, obs: Tensor, played: Tensor) -> Tensor:
-        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true.
-
-        Zero for the first `init_obs_steps`: on unscaled observations the errors are thousands of times too large, and
-        the reward's statistics would not get over them.
-        """
+        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true."""
         with torch.no_grad():
-            ready = played & (self.obs_rms.count >= self.config.init_obs_steps)
+            ready = played & self.ready
             bonus = self.errors(obs) * ready
         self.obs_rms.update(self._newest(obs), played)  # after the bonus, which used the old statistics
         self.reward_rms.update(self.forward_filter.update(bonus, ready), ready)
         return bonus
+
+    @property
+    def ready(self) -> Tensor:
+        """Whether the predictor's errors tell new from known yet: bool scalar, on the device."""
+        return self.updates >= self.config.init_updates
 
     def learning_rewards(self, bonus: Tensor) -> Tensor:
         """Stored bonuses, any shape, in today's units: divided by the intrinsic return's standard deviation."""
@@ -122,7 +122,8 @@ class RND(nn.Module):
         Rows of a sampled batch are independent draws: the first ones are as random as any. The others cost nothing.
         """
         errors = self.errors(obs[: math.ceil(self.config.update_proportion * len(obs))])
-        return errors.mean(), errors.detach()
+        self.updates += 1
+        return errors.mean(), errors.detach() * self.ready
 
     @staticmethod
     def _newest(obs: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Standard output carries only the console lines, whose forms other programs parse
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -56,7 +57,15 @@ class TrackedAgent(Protocol):
     global_step: int
     episodes: int
     num_updates: int
-    messages: list[str]
+    batch_size: int  # samples in a gradient step
+    messages: list[str]  # lines for the console, taken by whoever prints them
+
+    @property
+    def filling(self) -> int | None:
+        """Transitions in a replay buffer that is not full yet; None otherwise."""
+
+    def policy_state(self) -> dict[str, Any]:
+        """Weights of the network that acts, for recordings."""
 
     @property
     def epsilon(self) -> float:
@@ -67,8 +76,9 @@ class TrackedAgent(Protocol):
 
 
 def tell(message: str) -> None:
-    """One line on standard error, above the progress line."""
-    tqdm.write(message, file=sys.stderr)
+    """One line on standard error, above the progress line. Nobody there to read it is no reason to stop."""
+    with contextlib.suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -96,11 +106,11 @@ class CsvLog:
         with self.path.open(newline="") as file:
             whole_lines = (line for line in file if line.endswith("\n"))
             header, *rows = list(csv.reader(whole_lines)) or [[]]
-        if header != self.columns:
+        if "global_step" not in header:
             return []
-        column = header.index("global_step")
-        whole = [row for row in rows if len(row) == len(header) and row[column].isdecimal()]
-        return [self._line(row) for row in whole if int(row[column]) <= last_step]
+        whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+        kept = [row for row in whole if row["global_step"].isdecimal() and int(row["global_step"]) <= last_step]
+        return [self._line(row.get(name, "nan") for name in self.columns) for row in kept]  # columns may have grown
 
     @staticmethod
     def _line(values: Iterable[Any]) -> bytes:
@@ -187,7 +197,7 @@ class Tracker:
             "return_mean": scores.mean(),
             "return_min": scores.min(),
             "return_max": scores.max(),
-            "samples_per_second": round(updates * self._config.agent.batch_size / seconds, 1),
+            "samples_per_second": round(updates * agent.batch_size / seconds, 1),
             **agent.metrics(),
         }
         self._metrics.add([_cell(row[name]) for name in self._columns])
@@ -221,6 +231,7 @@ class Console:
 
     def __init__(self, agent: TrackedAgent, state: dict[str, Any] | None = None) -> None:
         self._agent = agent
+        self._silent = False
         self._since_mark: list[float] = list(state["since_mark"]) if state else []
         self._best: tuple[float, int] = (state["best"][0], state["best"][1]) if state else (-math.inf, 0)
 
@@ -236,8 +247,8 @@ class Console:
         number, score = episode.number, episode.episodic_return
         self._since_mark.append(score)
         if number % 5 == 0:
-            replay = getattr(self._agent, "replay", None)
-            fill = "" if replay is None or replay.full else f", buffer size: {len(replay)}"
+            filling = self._agent.filling
+            fill = "" if filling is None else f", buffer size: {filling}"
             self._print(f"episode: {number}, score: {score:.0f}, epsilon: {self._agent.epsilon:.3f}{fill}")
         if number % 100 == 0:
             mean, std = float(np.mean(self._since_mark)), float(np.std(self._since_mark))
@@ -251,8 +262,14 @@ class Console:
         self._print(f"video: {number}, score: {score:.0f} (best {self._best[0]:.1f} at episode {self._best[1]})")
 
     def _print(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        if self._silent:
+            return
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:  # a full disk, or a reader that has gone
+            self._silent = True
+            warn(f"standard output cannot be written ({error.strerror}): no more console lines, training goes on")
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import platform
 import shlex
@@ -191,11 +192,33 @@ def write_config(run_dir: Path, config: Config, device: torch.device) -> None:
 
 
 def _commit() -> str:
-    """This source tree's commit, or nothing where it is installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """This source tree's commit, "-dirty" where it was changed; nothing where it is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     return ""
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder; UserError while another process does. The lock ends with its process: never stale."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run_dir} is in use: another process trains in it; stop that first") from None
+        try:
+            yield
+        finally:
+            (run_dir / "lock").unlink(missing_ok=True)
 
 
 def build(config: Config) -> tuple[Any, DQNAgent]:
@@ -211,51 +234,53 @@ def build(config: Config) -> tuple[Any, DQNAgent]:
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
     """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint."""
     check_dashboard(config.dashboard, run_dir)
-    state = checkpoint.load(run_dir) if resume else None
+    state = checkpoint.load(run_dir) if resume else {}
     envs, agent = build(config)
-    if state is not None:
-        try:
-            agent.load_state_dict(state["agent"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"the checkpoint in {run_dir} does not fit this configuration: {reason}") from None
+    if resume:
+        restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
         if finished(config, agent):
             raise UserError(
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                 "a higher --total-steps or --total-episodes goes on"
             )
-    video_dir = Path(config.video_dir) / run_dir.name
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(run_dir, config, agent.device)
-        tracker = Tracker(run_dir, config, agent, state and state["tracker"])
-    except OSError as error:
-        raise UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}") from None
-    console = Console(agent, state and state["console"])
-    checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
-    observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]
-    tell(f"{'going on with' if resume else 'run folder:'} {run_dir}, on {describe_device(agent.device)}")
-    dashboard = open_dashboard(config.dashboard, run_dir, video_dir)
-    with Stop() as stop:
+    with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
+        closing.callback(envs.close)
         try:
-            if state is None:
-                checkpointer.save()  # from now on a kill leaves something whole to resume from
-            for episodes in play(envs, agent, config.seed + agent.global_step):
-                for observer in observers:
-                    observer.step(episodes)
-                if stop.requested or finished(config, agent):
-                    break
-            saved = checkpointer.save()
-            if saved and not finished(config, agent):
-                tell(f"stopped at step {agent.global_step}, saved; go on with: {resume_command(run_dir)}")
-        finally:
+            write_config(run_dir, config, agent.device)
+            tracker = Tracker(run_dir, config, agent, state.get("tracker"))
+        except OSError as error:
+            raise UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}") from None
+        tell(f"{'going on with' if resume else 'run folder:'} {run_dir}, on {describe_device(agent.device)}")
+        video_dir = Path(config.video_dir) / run_dir.name
+        if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
+            closing.callback(dashboard.close)
+        console = Console(agent, state.get("console"))
+        checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
+        observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]
+        for observer in observers:
+            closing.callback(observer.close)
+        if not resume:
+            checkpointer.save()  # from now on a kill leaves something whole to resume from
+        for episodes in play(envs, agent, config.seed + agent.global_step):
             for observer in observers:
-                observer.close()
-            if dashboard is not None:
-                dashboard.close()
-            envs.close()
-    if not saved:
-        raise UserError(f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it")
+                observer.step(episodes)
+            if stop.requested or finished(config, agent):
+                break
+        if not checkpointer.save():
+            raise UserError(
+                f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"
+            )
+        if not finished(config, agent):
+            tell(f"stopped at step {agent.global_step}, saved; go on with: {resume_command(run_dir)}")
+
+
+def restore(agent: DQNAgent, state: dict[str, Any], run_dir: Path) -> None:
+    """Put a checkpoint's state into a new agent; UserError when it does not fit."""
+    try:
+        agent.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the checkpoint in {run_dir} does not fit this configuration: {reason}") from None
 
 
 def resume_command(run_dir: Path) -> str:

@@ -1,12 +1,9 @@
-#!/usr/bin/env python3
+#!/usr/bin/env python
 """Run a Visdom server on 127.0.0.1, stop one (--stop), or fetch what it needs from the internet (--prepare)."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works uninstalled too
-
-from gravitar_dqn.visdom_server import main
+from gravitar_dqn.cli import dashboard_command, run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(dashboard_command, sys.argv[1:], "dashboard.py"))

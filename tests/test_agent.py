@@ -13,6 +13,7 @@ import torch
 from gravitar_dqn import envs as games
 from gravitar_dqn.agent import DQNAgent, choose_precision
 from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.training import play
 
 CPU = torch.device("cpu")
@@ -138,6 +139,22 @@ def test_many_updates_catch_up_within_one_step_of_many_environments() -> None:
     assert agent.num_updates == 80 - 20
 
 
+def test_every_environment_starts_at_random_and_ends_on_its_rung() -> None:
+    config = settings(epsilon_start=1.0, epsilon_end=0.4, epsilon_ladder=7.0, epsilon_decay=200)
+    envs, agent = build(config, probes.TimeLimit)
+    ends = [0.4, 0.4 ** (1 + 7 / 3), 0.4 ** (1 + 14 / 3), 0.4**8]
+    assert agent._epsilons(agent._epsilon_ends).tolist() == [1.0] * 4
+    loop = play(envs, agent, 1)
+    for _ in islice(loop, 49):
+        pass
+    assert agent.global_step == 100  # half-way, for each environment on its own line
+    np.testing.assert_allclose(agent._epsilons(agent._epsilon_ends), [1 + (end - 1) / 2 for end in ends])
+    for _ in islice(loop, 100):
+        pass
+    np.testing.assert_allclose(agent._epsilons(agent._epsilon_ends), ends)
+    assert agent.epsilon == pytest.approx(np.mean(ends))
+
+
 def test_epsilon_falls_by_the_clock() -> None:
     config = settings(epsilon_start=0.9, epsilon_end=0.1, epsilon_decay=80)
     envs, agent = build(config, probes.TimeLimit)
@@ -214,11 +231,13 @@ def test_notebook_stack_repeats_the_first_frame() -> None:
 
 def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
     config = replace(
-        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0, init_obs_steps=20)
+        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0, init_updates=5)
     )
     envs, agent = build(config, probes.DelayedReward)
     loop = play(envs, agent, 1)
-    for _ in islice(loop, 30):
+    for _ in islice(loop, 45):
+        agent.metrics()
+    for _ in islice(loop, 5):
         pass
     early = agent.metrics()
     for _ in islice(loop, 500):
@@ -234,7 +253,7 @@ def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns()
 
 
 def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
-    config = replace(settings(reward_scale=0.01, n_step=2), rnd=RNDConfig(coef=0.5, init_obs_steps=20))
+    config = replace(settings(reward_scale=0.01, n_step=2), rnd=RNDConfig(coef=0.5, init_updates=5))
     envs, agent = build(config, probes.DelayedReward)
     for _ in islice(play(envs, agent, 1), 20):
         pass
@@ -254,9 +273,7 @@ def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])
 def test_a_loaded_agent_goes_on_as_the_saved_one(variant: str, tmp_path: Any) -> None:
-    base = replace(
-        settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant, init_obs_steps=20)
-    )
+    base = replace(settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant, init_updates=5))
     envs, agent = build(base, probes.Both)
     for _ in islice(play(envs, agent, 1), 120):
         pass
@@ -291,10 +308,49 @@ def test_without_its_replay_buffer_a_loaded_agent_waits_until_enough_is_stored()
     assert 0 < other.num_updates - updates < 25  # and it does not catch up on what it missed
 
 
-def test_precision_is_chosen_by_the_device_and_can_be_forced() -> None:
+def test_precision_is_chosen_by_the_device_and_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("fp32", CPU) == "fp32"
     assert choose_precision("bf16", CPU) == "bf16"
-    assert choose_precision("auto", CPU) in ("fp32", "bf16")
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert choose_precision("auto", CPU) == ("bf16" if native else "fp32")
+
+
+def test_one_bf16_step_gives_every_parameter_its_gradient() -> None:
+    config = replace(settings(n_step=3, max_grad_norm=0.0), rnd=RNDConfig(coef=0.5, update_proportion=1.0))
+    grads = {}
+    for precision in ("fp32", "bf16"):
+        envs, agent = build(replace(config, precision="fp32"), probes.Remember)
+        for _ in islice(play(envs, agent, 1), 20):
+            pass
+        agent._autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        agent.optimizer.step = lambda: None  # keep the gradients of one step, change nothing
+        agent.generator.manual_seed(3)
+        agent._gradient_step()
+        modules = {"q": agent.q_network, "rnd": agent.rnd.predictor}
+        grads[precision] = {f"{m}.{n}": p.grad for m, module in modules.items() for n, p in module.named_parameters()}
+    assert grads["fp32"].keys() == grads["bf16"].keys()
+    for name, exact in grads["fp32"].items():
+        close = grads["bf16"][name]
+        assert exact is not None and close is not None, name
+        assert (close - exact).norm() <= 0.1 * exact.norm() + 1e-6, name
+
+
+def test_bf16_keeps_the_order_of_actions_next_to_a_large_value() -> None:
+    torch.manual_seed(0)
+    network = DuelingConvQNetwork(4, 18)
+    network.value[-1].bias.data += 10.0  # bfloat16 resolves 0.06 there, the actions differ by less
+    obs = torch.randint(0, 256, (100, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        exact = network(obs)
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = network(obs)
+    assert fast.dtype == torch.float32
+    assert (exact.argmax(1) == fast.argmax(1)).float().mean() >= 0.9
+    assert all(len(row.unique()) > 15 for row in fast)
+    chosen = exact.gather(1, fast.argmax(1, keepdim=True)).squeeze(1)
+    assert (exact.max(1).values - chosen).max() < 0.002
 
 
 def test_bf16_agrees_with_fp32_within_its_precision() -> None:

@@ -32,7 +32,7 @@ def wait_until(true: Any, process: Any, seconds: float = 60.0) -> None:
 
 def saved_step(run_dir: Path) -> int:
     """The step of the newest checkpoint, which is read whole."""
-    step = checkpoint.load(run_dir)["agent"]["clocks"][0]
+    step = checkpoint.load(run_dir)["agent"]["clocks"]["global_step"]
     assert isinstance(step, int)
     return step
 
@@ -147,7 +147,8 @@ def test_a_resume_goes_on_with_everything_that_learning_depends_on(tmp_path: Pat
     for agent in (trained, resumed):
         assert_same(dict(agent.state_dict()), state)
         assert torch.equal(agent.generator.get_state(), state["generator"])
-        assert (agent.global_step, agent.episodes, agent.num_updates) == tuple(state["clocks"])
+        clocks = {"global_step": agent.global_step, "episodes": agent.episodes, "num_updates": agent.num_updates}
+        assert clocks == state["clocks"]
     for name in ("q_network", "target_network", "rnd"):
         assert_same(dict(getattr(trained, name).state_dict()), dict(getattr(resumed, name).state_dict()))
     assert trained.epsilon == resumed.epsilon < 1
@@ -191,8 +192,8 @@ def test_learning_goes_on_at_once_only_with_the_buffer(tmp_path: Path, option: s
     before = checkpoint.load(run_dir)["agent"]["clocks"]
     assert train("--resume", run_dir, "--total-steps", 240) == 0
     after = checkpoint.load(run_dir)["agent"]["clocks"]
-    assert after[0] == before[0] + 40
-    assert (after[2] > before[2]) == expected
+    assert after["global_step"] == before["global_step"] + 40
+    assert (after["num_updates"] > before["num_updates"]) == expected
     check_episodes(run_dir, [0, 200])
 
 
@@ -208,7 +209,7 @@ def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[st
     assert first == second
     assert first.count(b"\n") > 1, "no game was finished"
     a, b = (checkpoint.load(run_dir)["agent"] for run_dir in runs)
-    assert a["clocks"] == b["clocks"] and a["clocks"][2] > 10, "nothing was learned"
+    assert a["clocks"] == b["clocks"] and a["clocks"]["num_updates"] > 10, "nothing was learned"
     assert torch.equal(a["generator"], b["generator"])
     for name, weights in a["q_network"].items():
         assert torch.equal(weights, b["q_network"][name]), name
@@ -264,7 +265,7 @@ def kill_and_resume(run_dir: Path, times: int, seed: int) -> None:
     latest = home / "latest"
     torn = 0
     for i in range(times):
-        before = latest.readlink() if latest.is_symlink() else None
+        before = latest.readlink() if latest.is_symlink() else Path("step_000000000000.pt")  # written at the start
         run = Killable(words)
         wait_until(lambda before=before: latest.is_symlink() and latest.readlink() != before, run)
         time.sleep(rng.uniform(0, 0.4))
@@ -285,7 +286,7 @@ def kill_and_resume(run_dir: Path, times: int, seed: int) -> None:
     assert games[: len(kept)] == kept
     steps = [row["global_step"] for row in rows(run_dir / "metrics.csv")]
     assert steps == sorted(steps)
-    episodes = checkpoint.load(run_dir)["agent"]["clocks"][1]
+    episodes = checkpoint.load(run_dir)["agent"]["clocks"]["episodes"]
     assert len(games) == episodes
     print(f"{times} kills, {torn} in the middle of a save, {sessions[-1]} steps, {len(games)} games")
 
@@ -297,3 +298,19 @@ def test_a_killed_run_resumes_from_a_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_resumes_every_time(tmp_path: Path) -> None:
     kill_and_resume(tmp_path / "run", times=20, seed=random.randrange(2**32))
+
+
+# ---------------------------------------------------------------- two at once
+
+
+def test_a_run_that_is_going_cannot_be_resumed_beside_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    before = (run_dir / "metrics.csv").read_bytes()
+    with training.lock(run_dir):
+        assert train("--resume", run_dir, "--total-steps", 200) == 2
+    assert f"error: {run_dir} is in use" in capsys.readouterr().err
+    assert (run_dir / "metrics.csv").read_bytes() == before
+    assert train("--resume", run_dir, "--total-steps", 200) == 0

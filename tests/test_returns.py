@@ -65,8 +65,8 @@ def test_td_loss_is_hubers_weighted() -> None:
 
 
 def test_importance_weights() -> None:
-    weights = returns.importance_weights(torch.tensor([0.1, 0.4]).double(), torch.tensor(5), 0.5)
-    # (5 * 0.1)^-0.5 = 1.41421 is the largest; (5 * 0.4)^-0.5 = 0.70711
+    weights = returns.importance_weights(torch.tensor([0.1, 0.4]).double(), 0.5)
+    # 0.1^-0.5 = 3.1623 is the largest; 0.4^-0.5 = 1.5811
     torch.testing.assert_close(weights, torch.tensor([1.0, 0.5]))
 
 
@@ -77,16 +77,17 @@ def test_masked_mean_of_nothing_is_zero() -> None:
 
 
 def test_epsilon_of_the_notebook() -> None:
-    epsilon = [returns.linear_schedule(0.5, 0.02, 960, episode) for episode in (0, 1, 5, 960, 5000)]
+    end = torch.tensor(0.02, dtype=torch.float64)
+    epsilon = [returns.linear_schedule(0.5, end, 960, episode).item() for episode in (0, 1, 5, 960, 5000)]
     assert epsilon == pytest.approx([0.5, 0.4995, 0.4975, 0.02, 0.02])
 
 
 def test_ladder_of_epsilons() -> None:
     # Horgan 2018: 0.4 ^ (1 + 7 * i / (N - 1))
-    ladder = 0.4 ** returns.ladder_exponents(3, 7.0)
-    torch.testing.assert_close(ladder, torch.tensor([0.4, 0.4**4.5, 0.4**8]))
-    assert returns.ladder_exponents(1, 7.0).tolist() == [1.0]
-    assert returns.ladder_exponents(4, 0.0).tolist() == [1.0] * 4
+    ladder = returns.epsilon_ladder(0.4, 3, 7.0)
+    torch.testing.assert_close(ladder, torch.tensor([0.4, 0.4**4.5, 0.4**8]).double())
+    torch.testing.assert_close(returns.epsilon_ladder(0.1, 1, 7.0), torch.tensor([0.1]).double())
+    torch.testing.assert_close(returns.epsilon_ladder(0.1, 4, 0.0), torch.full((4,), 0.1).double())
 
 
 def test_epsilon_greedy_explores_each_environment_at_its_own_rate() -> None:

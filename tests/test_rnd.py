@@ -44,16 +44,6 @@ def test_running_statistics_in_two_batches() -> None:
     torch.testing.assert_close(rms.var, torch.tensor([8 / 3, 800 / 3]).double(), rtol=1e-3, atol=0)
 
 
-def test_a_horizon_forgets_exponentially() -> None:
-    rms = RunningMeanStd(horizon=10.0)
-    rms.update(torch.full((10,), 5.0))
-    for _ in range(50):
-        rms.update(torch.zeros(1))
-    # each new observation takes 1/11 of the weight
-    assert rms.mean.item() == pytest.approx(5 * (10 / 11) ** 50, rel=1e-3)
-    assert rms.count.item() == 10
-
-
 def test_forward_filter_runs_along_time_and_waits_where_nothing_was_played() -> None:
     forward = RewardForwardFilter(2, 0.5)
     both = torch.tensor([True, True])
@@ -74,14 +64,36 @@ def test_the_bonus_is_the_mean_squared_error_on_one_normalization_for_both_netwo
 
 
 def test_the_bonus_uses_the_statistics_from_before_its_own_frames() -> None:
-    rnd = RND((4, 84, 84), 2, RNDConfig(init_obs_steps=2))
+    rnd = RND((4, 84, 84), 2, RNDConfig(init_updates=0))
     played = torch.tensor([True, True])
-    assert rnd.observe(stacks(2, 1), played).tolist() == [0.0, 0.0]  # only initializes the statistics
-    assert rnd.reward_rms.count < 1
+    rnd.observe(stacks(2, 1), played)
     obs = stacks(2, 2)
     expected = rnd.errors(obs).detach()
     torch.testing.assert_close(rnd.observe(obs, played), expected)
     assert not torch.allclose(rnd.errors(obs), expected)
+
+
+def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> None:
+    torch.manual_seed(0)
+    rnd = RND((8,), 4, RNDConfig(init_updates=100, update_proportion=1.0))
+    optimizer = torch.optim.Adam(rnd.predictor.parameters(), 1e-3)
+    played, generator = torch.ones(4, dtype=torch.bool), torch.Generator().manual_seed(0)
+    untrained = None
+    for update in range(300):
+        obs = torch.randn(4, 8, generator=generator)
+        bonus = rnd.observe(obs, played)
+        loss, fresh = rnd.loss(torch.randn(32, 8, generator=generator), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if update < 99:
+            assert not bonus.any() and not fresh.any()
+            assert rnd.reward_rms.count < 1 and rnd.obs_rms.count > 4 * update
+        if update == 5:
+            untrained = rnd.errors(obs).mean().item()
+    assert bonus.all() and fresh.all()
+    # the scale is that of the trained predictor's errors: at most a hundred steps of them
+    assert rnd.reward_rms.std.item() < 0.1 * untrained / (1 - 0.99)
 
 
 def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
@@ -103,7 +115,7 @@ def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
 
 
 def test_the_loss_takes_a_share_of_the_rows_and_gives_their_fresh_bonus() -> None:
-    rnd = RND((8,), 1, RNDConfig(update_proportion=0.25))
+    rnd = RND((8,), 1, RNDConfig(update_proportion=0.25, init_updates=0))
     obs = torch.randn(40, 8)
     loss, fresh = rnd.loss(obs, torch.Generator())
     torch.testing.assert_close(fresh, rnd.errors(obs)[:10].detach())
@@ -145,7 +157,7 @@ def test_notebook_bonus_is_clipped_and_forgets_after_a_thousand() -> None:
     assert rnd.observe(torch.randn(1, 8), played).item() == 5.0  # far above the rest
     assert rnd.history[0] > 1e5  # the oldest made room
     assert rnd.seen.item() == 1001
-    assert rnd.observe(torch.randn(1, 8), torch.tensor([False])) is not None
+    rnd.observe(torch.randn(1, 8), torch.tensor([False]))
     assert rnd.seen.item() == 1001  # the dummy step after a game's end is no step
 
 

@@ -16,15 +16,6 @@ COLUMNS = ["global_step", "score"]
 
 
 @dataclass
-class Replay:
-    size: int = 5156
-    full: bool = False
-
-    def __len__(self) -> int:
-        return self.size
-
-
-@dataclass
 class Agent:
     """As much of an agent as the observers look at."""
 
@@ -33,7 +24,8 @@ class Agent:
     num_updates: int = 0
     epsilon: float = 0.497
     messages: list[str] = field(default_factory=list)
-    replay: Replay = field(default_factory=Replay)
+    filling: int | None = 5156
+    batch_size: int = 128
 
     def metrics(self) -> dict[str, float]:
         values = {"int_reward_mean": 0.5, "td_loss": 0.25, "rnd_loss": math.nan, "q_mean": 1e7, "buffer_fill": 1.0}
@@ -50,7 +42,7 @@ class TestConsole:
         assert capsys.readouterr().out == "episode: 5, score: 500, epsilon: 0.497, buffer size: 5156\n"
 
     def test_the_buffer_part_is_left_out_once_it_is_full(self, capsys: pytest.CaptureFixture[str]) -> None:
-        Console(Agent(replay=Replay(50_000, full=True))).step([game(10, 250.0)])
+        Console(Agent(filling=None)).step([game(10, 250.0)])
         assert capsys.readouterr().out == "episode: 10, score: 250, epsilon: 0.497\n"
 
     def test_episodes_are_numbered_from_0_and_marked_every_100(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,3 +278,24 @@ class TestTracker:
         assert (kept["global_step"], new["global_step"]) == (5, 6)
         assert new["wall_seconds"] >= 1000
         assert new["return_mean"] == 20
+
+
+def test_console_that_nobody_reads_goes_silent_once_and_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(Agent())
+    full = Path("/dev/full").open("w")  # noqa: SIM115  closing it fails too
+    monkeypatch.setattr("sys.stdout", full)
+    for number in range(0, 20, 5):
+        console.step([Episode(number, 100, 250.0, 10)])
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+    assert capsys.readouterr().err.count("standard output cannot be written") == 1
+
+
+def test_resume_keeps_rows_of_a_version_with_fewer_columns(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("global_step,sps\n10,5\n20,6\n")
+    CsvLog(path, ["global_step", "new", "sps"], last_step=10)
+    assert path.read_text() == "global_step,new,sps\n10,nan,5\n"

@@ -1,0 +1,81 @@
+"""What only a CUDA device can show. Run with `-m gpu`."""
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import probes
+import pytest
+import torch
+
+from gravitar_dqn import envs as games
+from gravitar_dqn.agent import DQNAgent
+from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.training import play
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = Config(
+    env=EnvConfig(num_envs=4),
+    agent=DQNConfig(buffer_size=1_000, learning_starts=50, batch_size=32, train_frequency=4, n_step=3),
+    rnd=RNDConfig(init_updates=5),
+    precision="fp32",
+)
+
+
+def build(config: Config, device: str) -> tuple[Any, DQNAgent]:
+    torch.manual_seed(config.seed)
+    envs = probes.vector_of(probes.Remember, config.env.num_envs)
+    return envs, DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device(device))
+
+
+@pytest.mark.parametrize("variant", ["rnd", "notebook"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_plays_and_learns(precision: str, variant: str) -> None:
+    config = replace(CONFIG, precision=precision, rnd=replace(CONFIG.rnd, variant=variant))
+    envs, agent = build(config, "cuda")
+    for _ in islice(play(envs, agent, 1), 60):
+        pass
+    metrics = agent.metrics()
+    assert agent.num_updates > 10
+    assert np.isfinite([metrics["td_loss"], metrics["rnd_loss"], metrics["q_mean"]]).all()
+    agent.replay.check_valid()
+
+
+@pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_checkpoints_travel_between_devices(here: str, there: str, tmp_path: Any) -> None:
+    envs, agent = build(CONFIG, here)
+    for _ in islice(play(envs, agent, 1), 40):
+        pass
+    torch.save(agent.state_dict(replay=True), tmp_path / "agent.pt")
+    _, other = build(CONFIG, there)
+    other.load_state_dict(torch.load(tmp_path / "agent.pt", map_location="cpu", weights_only=True))
+    for a, b in zip(agent.q_network.parameters(), other.q_network.parameters(), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+    updates = other.num_updates
+    for _ in islice(play(probes.vector_of(probes.Remember, 4), other, 2), 20):
+        pass
+    assert other.num_updates > updates
+
+
+def test_replay_holds_the_same_on_both_devices() -> None:
+    buffers = [
+        ReplayBuffer(200, 2, (2, 2), stack=4, n_step=3, priority_exponent=0.5, device=d) for d in ("cpu", "cuda")
+    ]
+    rng = np.random.default_rng(0)
+    obs = rng.integers(0, 255, (2, 2, 2), dtype=np.uint8)
+    for buffer in buffers:
+        buffer.begin(obs)
+    played = np.ones(2, dtype=bool)
+    for _ in range(150):
+        actions, rewards = rng.integers(0, 18, 2), rng.normal(size=2).astype(np.float32)
+        ends, no = rng.random(2) < 0.1, np.zeros(2, dtype=bool)
+        obs = rng.integers(0, 255, (2, 2, 2), dtype=np.uint8)
+        for buffer in buffers:
+            buffer.put(torch.as_tensor(actions).to(buffer.device), rewards, ends, no, obs, played)
+        played = ~(ends & played)
+    one, two = (buffer.state_dict() for buffer in buffers)
+    for name in ("frames", "actions", "rewards", "terminations", "playable", "ages", "weights"):
+        assert torch.equal(one[name], two[name].cpu()), name
