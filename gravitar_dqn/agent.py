@@ -112,8 +112,8 @@ class DQNAgent:
         self.replay.begin(obs)
         self._obs = self.replay.latest()
 
-    @profile
     @torch.no_grad()
+    @profile
     def act(self) -> Tensor:
         """Actions (num_envs,) int64 on the device for the newest observations, epsilon-greedy."""
         assert self._obs is not None, "begin() comes first"

@@ -97,6 +97,8 @@ def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: s
         tyro.cli(build, args=["--help"], prog=prog, **({} if default is None else {"default": default}))
     known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
     near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
+    if option in PRESETS and build is TrainArguments:
+        return f"the preset comes first: {prog} {option} [options], and there is only one"
     kind = "option" if option.startswith("-") else "argument"
     return f"unknown {kind} {option!r}: " + (f"did you mean {near[0]}?" if near else f"{prog} --help lists all")
 

@@ -102,7 +102,9 @@ def _find(config: EnvConfig) -> EnvSpec:
     try:
         return gym.spec(config.id)
     except gym.error.Error as error:
-        raise UserError(f"unknown game {config.id!r}: {' '.join(str(error).split())}") from None
+        full = f"ALE/{config.id}-v5"
+        hint = f"did you mean {full}?" if full in gym.registry else " ".join(str(error).split())
+        raise UserError(f"unknown game {config.id!r}: {hint}") from None
 
 
 def _emulator_skip(config: EnvConfig, spec: EnvSpec) -> int | tuple[int, int]:

@@ -75,7 +75,7 @@ def play(envs: Any, agent: Agent, seed: int) -> Iterator[list[Episode]]:
     played = np.ones(envs.num_envs, dtype=np.bool_)
     while True:
         actions = agent.act()
-        on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point, the only one of a step
+        on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point
         obs, rewards, terminations, truncations, _ = envs.step(on_host)
         agent.observe(actions, rewards, terminations, truncations, obs, played)
         agent.update()
@@ -243,7 +243,9 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                 "a higher --total-steps or --total-episodes goes on"
             )
+    farewell: list[str] = []
     with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
+        closing.callback(lambda: tell("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
         try:
             write_config(run_dir, config, agent.device)
@@ -270,8 +272,11 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
             raise UserError(
                 f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"
             )
-        if not finished(config, agent):
-            tell(f"stopped at step {agent.global_step}, saved; go on with: {resume_command(run_dir)}")
+        if finished(config, agent):
+            farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
+        else:
+            command = resume_command(run_dir)
+            farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {command}")
 
 
 def restore(agent: DQNAgent, state: dict[str, Any], run_dir: Path) -> None:
@@ -286,12 +291,11 @@ def restore(agent: DQNAgent, state: dict[str, Any], run_dir: Path) -> None:
 def resume_command(run_dir: Path) -> str:
     """What to type to go on with a run, as this one was started: by the script or by the installed command."""
     program = Path(sys.argv[0])
-    if program.suffix != ".py":
-        return shlex.join([program.name, "train", "--resume", str(run_dir)])
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), str(program), "--resume", str(run_dir)])
+    command = [sys.executable, str(program)] if program.suffix == ".py" else [str(program), "train"]
+    first = Path(command[0])
+    if first.is_relative_to(Path.cwd()):
+        command[0] = str(first.relative_to(Path.cwd()))
+    return shlex.join([*command, "--resume", str(run_dir)])
 
 
 def finished(config: Config, agent: TrackedAgent) -> bool:

@@ -219,7 +219,8 @@ def main(argv: list[str]) -> int:
         options = parser.parse_args(argv)
         if options.stop:
             found = stop_server(options.port)
-            print(f"{'stopped the' if found else 'there is no'} Visdom server of ours on port {options.port}")
+            where = f"on port {options.port}"
+            print(f"the server {where} is stopped" if found else f"there is no server of this package {where}")
         elif options.prepare:
             print(f"browser files are in {browser_files()}")
         else:

@@ -387,3 +387,19 @@ def test_a_run_ends_after_its_games_or_steps(capsys: pytest.CaptureFixture[str])
     assert train("cartpole", *SMALL, *QUIET, "--env.num-envs", 4, "--total-steps", 60, "--run-dir", "b") == 0
     assert 60 <= rows(Path("b/metrics.csv"))[-1]["global_step"] < 64
     assert "stopped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--env.id", "Gravitar"], "unknown game 'Gravitar': did you mean ALE/Gravitar-v5?"),
+        (["--seed", "1", "cartpole"], "the preset comes first: train.py cartpole"),
+        (["cartpole", "gravitar"], "the preset comes first"),
+    ],
+)
+def test_a_beginners_mistake_is_told_the_right_way(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*words, "--dashboard", "off", "--run-dir", "run") == 2
+    assert hint in capsys.readouterr().err
+    assert not Path("run").exists()

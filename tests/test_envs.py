@@ -206,3 +206,18 @@ def test_presets_and_any_other_game_by_its_id(config: EnvConfig, frame: object, 
 def test_games_the_agent_cannot_play_are_refused_by_name(game: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         games.make_envs(EnvConfig(id=game, num_envs=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "fps"),
+    [
+        (EnvConfig(id="ALE/Gravitar-v5"), 60),
+        (EnvConfig(id="ALE/Gravitar-v5", obs_type="ram"), 15),
+        (EnvConfig(id="GravitarNoFrameskip-v4"), 60),
+        (EnvConfig(id="Gravitar-v0"), 20),  # skips 2, 3 or 4 frames
+    ],
+)
+def test_films_play_at_real_speed(config: EnvConfig, fps: float) -> None:
+    env, speed = games.make_recorded_env(config, lambda picture: None)
+    env.close()
+    assert speed == fps

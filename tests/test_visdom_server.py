@@ -217,7 +217,7 @@ def test_a_server_is_started_once_shared_and_stopped(port: int, capsys: pytest.C
     assert probe(port) == "free"
     assert not stop_server(port)
     assert main(["--port", str(port), "--stop"]) == 0
-    assert capsys.readouterr().out == f"there is no Visdom server of ours on port {port}\n"
+    assert capsys.readouterr().out == f"there is no server of this package on port {port}\n"
 
 
 def test_a_hung_server_is_passed_over_and_can_be_stopped(port: int) -> None:
