@@ -173,8 +173,8 @@ class DQNAgent:
                 if fresh_bonus is not None:
                     self.replay.refresh_int_rewards(batch.last_rows[: len(fresh_bonus)], fresh_bonus)
         self.optimizer.zero_grad()
-        learned = self.rnd is not None and self.rnd.learns
-        (loss + rnd_loss if learned else loss).backward()  # type: ignore[no-untyped-call]
+        # The notebook's rnd_loss is detached: nothing learns from it.
+        (loss + rnd_loss).backward()  # type: ignore[no-untyped-call]
         if self.config.agent.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.q_network.parameters(), self.config.agent.max_grad_norm)
         self.optimizer.step()

@@ -72,10 +72,9 @@ class RND(nn.Module):
 
     The bonus is divided by the running standard deviation of its own discounted sums. Both networks see the
     same normalized frame. There is no bonus until the predictor has had `init_updates` gradient steps: before, its
-    errors are a hundred times larger everywhere, which tells nothing of novelty and would set the scale for long.
+    errors are tens of times larger everywhere, which tells nothing of novelty and would set the scale for long.
     """
 
-    learns = True
     updates: Tensor
 
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
@@ -138,7 +137,6 @@ class NotebookRND(nn.Module):
     is stored, by mean and standard deviation of the last 1 000.
     """
 
-    learns = False
     history: Tensor
     seen: Tensor
 

@@ -1,6 +1,13 @@
-"""One torch thread for the tests and what they start: networks are small, and threads that wait for each other crawl
-on a busy machine."""
+"""What holds for all tests.
+
+One torch thread for them and what they start: networks are small, and threads that wait for each other crawl on a busy
+machine. No deadline for a single example either, for the same reason.
+"""
 
 import os
 
+from hypothesis import settings
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
