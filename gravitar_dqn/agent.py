@@ -1,11 +1,14 @@
 """The DQN agent: act, observe, update, and everything it must remember.
 
 Nothing here reads a number back from the device but `metrics`, at a log tick. (The notebook's curiosity does.)
+The networks' work is in four functions, `_choose`, `_wonder`, `_learn` and `_distill`, that take and give nothing: they
+work in place on tensors that stay where they are, so that a CUDA graph can hold each of them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,11 @@ from torch import Tensor, nn
 
 from gravitar_dqn import returns
 from gravitar_dqn.config import Config
+from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
 from gravitar_dqn.networks import make_q_network, stack_size
 from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
 from gravitar_dqn.rnd import make_rnd
+from gravitar_dqn.tracking import warn
 
 Array = npt.NDArray[Any]
 
@@ -36,8 +41,6 @@ class DQNAgent:
         num_actions: size of the discrete action set.
         device: where networks, replay and all statistics live.
     """
-
-    _int_max: Tensor
 
     def __init__(
         self,
@@ -63,26 +66,39 @@ class DQNAgent:
         self.q_network = make_q_network(self.replay.obs_shape, num_actions).to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         self.rnd = make_rnd(self.replay.obs_shape, num_envs, config.rnd)
-        groups: list[dict[str, Any]] = [{"params": list(self.q_network.parameters()), "lr": settings.learning_rate}]
+        graphs = choose_execution(config.execution, device) == "graphs"
+        adam: dict[str, Any] = {"eps": settings.adam_epsilon, "fused": True, "capturable": graphs}
+        self.optimizer = torch.optim.Adam(self.q_network.parameters(), settings.learning_rate, **adam)
+        self.rnd_optimizer: torch.optim.Adam | None = None
         if self.rnd is not None:
             self.rnd.to(device)
-            groups.append({"params": list(self.rnd.predictor.parameters()), "lr": config.rnd.learning_rate})
-        self.optimizer = torch.optim.Adam(groups, eps=settings.adam_epsilon, fused=True)
+            self.rnd_optimizer = torch.optim.Adam(self.rnd.predictor.parameters(), config.rnd.learning_rate, **adam)
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self._autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=choose_precision(config.precision, device) == "bf16"
         )
+        self.messages: list[str] = []
+        # What `_choose`, `_wonder`, `_learn` and `_distill` work on.
+        self._obs = torch.zeros((num_envs, *self.replay.obs_shape), dtype=frame_dtype, device=device)  # the newest
+        self._actions = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self._epsilons = torch.zeros(num_envs, device=device)
+        self._played = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self._bonus = torch.zeros(num_envs, device=device)
+        self._loss_sums = torch.zeros(3, device=device)  # td_loss, q, gradient steps
+        self._rnd_sums = torch.zeros(2, device=device)  # rnd_loss, gradient steps of the predictor
+        self._int_sums = torch.zeros(2, device=device)  # bonus, steps played
+        self._int_max = torch.full((), -torch.inf, device=device)
         # Every environment's last epsilon, on the host for what is told; a copy on the device acts.
         self._epsilon_ends = returns.epsilon_ladder(settings.epsilon_end, num_envs, settings.epsilon_ladder)
         self._epsilon_ends_here = self._epsilon_ends.to(device)
-        self._obs: Tensor | None = None  # the newest observations, shared by acting and curiosity
-        self._reset_metrics()
+        self._epsilon_clock = -1  # of self._epsilons
+        self._graphs = graphs
+        self._capture()
 
         self.global_step = 0  # agent steps played, over all environments
         self.episodes = 0  # games finished
         self.num_updates = 0  # gradient steps
         self.batch_size = settings.batch_size
-        self.messages: list[str] = []
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
 
@@ -93,14 +109,14 @@ class DQNAgent:
         """Now, in the unit of `agent.clock`: agent steps or episodes."""
         return self.global_step if self.config.agent.clock == "steps" else self.episodes
 
-    def _epsilons(self, ends: Tensor) -> Tensor:
+    def _schedule(self, ends: Tensor) -> Tensor:
         settings = self.config.agent
         return returns.linear_schedule(settings.epsilon_start, ends, settings.epsilon_decay, self.clock)
 
     @property
     def epsilon(self) -> float:
         """Probability of a random action, averaged over the environments."""
-        return float(self._epsilons(self._epsilon_ends).mean())
+        return float(self._schedule(self._epsilon_ends).mean())
 
     @property
     def filling(self) -> int | None:
@@ -110,16 +126,26 @@ class DQNAgent:
     def begin(self, obs: Array) -> None:
         """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
         self.replay.begin(obs)
-        self._obs = self.replay.latest()
+        self.replay.latest(out=self._obs)
 
-    @torch.no_grad()
     @profile
     def act(self) -> Tensor:
-        """Actions (num_envs,) int64 on the device for the newest observations, epsilon-greedy."""
-        assert self._obs is not None, "begin() comes first"
+        """Actions (num_envs,) int64 on the device for the newest observations, epsilon-greedy.
+
+        The tensor holds them until the next call.
+        """
+        clock = min(self.clock, self.config.agent.epsilon_decay)  # the schedule stands still from then on
+        if clock != self._epsilon_clock:
+            self._epsilons.copy_(self._schedule(self._epsilon_ends_here))
+            self._epsilon_clock = clock
+        self.choose()
+        return self._actions
+
+    @torch.no_grad()
+    def _choose(self) -> None:
         with self._autocast:
             q_values = self.q_network(self._obs)
-        return returns.epsilon_greedy(q_values, self._epsilons(self._epsilon_ends_here), self.generator)
+        self._actions.copy_(returns.epsilon_greedy(q_values, self._epsilons, self.generator))
 
     @profile
     def observe(
@@ -130,17 +156,22 @@ class DQNAgent:
         `played` (num_envs,) is false where the step was the dummy one after a game's end.
         """
         self.replay.put(actions, rewards, terminations, truncations, next_obs, played)
-        self._obs = self.replay.latest()
+        self.replay.latest(out=self._obs)
         self.global_step += int(played.sum())
         self.episodes += int(((terminations | truncations) & played).sum())
         if self.rnd is not None:
-            mask = self.replay.last_played()
-            with self._autocast:
-                bonus = self.rnd.observe(self._obs, mask)
-            self.replay.set_int_rewards(bonus)
-            learned = self.rnd.learning_rewards(bonus) * mask
-            self._int_sums += torch.stack([learned.sum(), mask.sum()])
-            self._int_max = torch.maximum(self._int_max, learned.max())
+            self._played.copy_(self.replay.last_played())
+            self.wonder()
+            self.replay.set_int_rewards(self._bonus)
+
+    @torch.no_grad()
+    def _wonder(self) -> None:
+        assert self.rnd is not None
+        with self._autocast:
+            self._bonus.copy_(self.rnd.observe(self._obs, self._played))
+        learned = self.rnd.learning_rewards(self._bonus) * self._played
+        self._int_sums += torch.stack([learned.sum(), self._played.sum()])
+        self._int_max.copy_(torch.maximum(self._int_max, learned.max()))
 
     # ---------------------------------------------------------------- learning
 
@@ -153,7 +184,10 @@ class DQNAgent:
         done = 0
         while self.clock >= self._next_train:
             for _ in range(settings.gradient_steps):
-                self._gradient_step()
+                self.learn()
+                self.num_updates += 1
+                if self.rnd is not None and self.num_updates % self.rnd.period == 0:
+                    self.distill()
             done += settings.gradient_steps
             self._next_train += settings.train_frequency
         if self.clock >= self._next_sync:
@@ -163,24 +197,43 @@ class DQNAgent:
         return done
 
     @profile
-    def _gradient_step(self) -> None:
+    def _learn(self) -> None:
+        """One gradient step of the Q network."""
         batch = self.replay.sample(self.config.agent.batch_size, self.generator)
         with self._autocast:
             loss, td_errors, q_mean = self._q_loss(batch)
-            rnd_loss = torch.zeros((), device=self.device)
-            if self.rnd is not None:
-                rnd_loss, fresh_bonus = self.rnd.loss(batch.next_obs, self.generator)
-                if fresh_bonus is not None:
-                    self.replay.refresh_int_rewards(batch.last_rows[: len(fresh_bonus)], fresh_bonus)
         self.optimizer.zero_grad()
-        # The notebook's rnd_loss is detached: nothing learns from it.
-        (loss + rnd_loss).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.config.agent.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.q_network.parameters(), self.config.agent.max_grad_norm)
         self.optimizer.step()
         self.replay.update_priorities(batch.rows, td_errors.abs() + 1e-6)
-        self.num_updates += 1
-        self._loss_sums += torch.stack([loss.detach(), rnd_loss.detach(), q_mean, torch.ones_like(q_mean)])
+        self._loss_sums += torch.stack([loss.detach(), q_mean, torch.ones_like(q_mean)])
+
+    @profile
+    def _distill(self) -> None:
+        """One gradient step of the predictor. The bonuses that come with it replace those stored."""
+        assert self.rnd is not None and self.rnd_optimizer is not None
+        batch = self.replay.sample(self.config.agent.batch_size, self.generator)
+        with self._autocast:
+            loss, bonus = self.rnd.loss(batch.next_obs, self.generator)
+        if bonus is not None:  # the notebook's loss is detached: nothing learns from it
+            self.replay.refresh_int_rewards(batch.last_rows, bonus)
+            self.rnd_optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.rnd_optimizer.step()
+        self._rnd_sums += torch.stack([loss.detach(), torch.ones_like(loss.detach())])
+
+    def _capture(self) -> None:
+        """Decide how the four functions run; with graphs, capture them anew."""
+
+        def prepare(function: Callable[[], None]) -> Callable[[], None]:
+            if not self._graphs:
+                return function
+            return Graphed(function, self.generator, self.device, warn)
+
+        self.choose, self.wonder = prepare(self._choose), prepare(self._wonder)
+        self.learn, self.distill = prepare(self._learn), prepare(self._distill)
 
     def _q_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, TD errors (B,) and mean Q of a batch."""
@@ -210,24 +263,20 @@ class DQNAgent:
 
     # ---------------------------------------------------------------- telling and keeping
 
-    def _reset_metrics(self) -> None:
-        self._loss_sums = torch.zeros(4, device=self.device)  # td_loss, rnd_loss, q, gradient steps
-        self._int_sums = torch.zeros(2, device=self.device)  # bonus, steps played
-        self._int_max = torch.full((), -torch.inf, device=self.device)
-
     def metrics(self) -> dict[str, float]:
         """Means since the last call, NaN where nothing happened, and the present epsilon and buffer fill."""
         # This is a CPU-GPU sync point.
-        td_loss, rnd_loss, q_mean, updates, bonus, played, int_max = torch.cat(
-            [self._loss_sums, self._int_sums, self._int_max[None]]
-        ).tolist()
-        self._reset_metrics()
+        sums = torch.cat([self._loss_sums, self._rnd_sums, self._int_sums, self._int_max[None]])
+        td_loss, q_mean, updates, rnd_loss, rnd_updates, bonus, played, int_max = sums.tolist()
+        for tensor in (self._loss_sums, self._rnd_sums, self._int_sums):
+            tensor.zero_()
+        self._int_max.fill_(-torch.inf)
         nan = float("nan")
         return {
             "int_reward_mean": bonus / played if played else nan,
             "epsilon": self.epsilon,
             "td_loss": td_loss / updates if updates else nan,
-            "rnd_loss": rnd_loss / updates if updates and self.rnd is not None else nan,
+            "rnd_loss": rnd_loss / rnd_updates if rnd_updates else nan,
             "q_mean": q_mean / updates if updates else nan,
             "buffer_fill": self.replay.fill,
             "int_reward_max": int_max if np.isfinite(int_max) else nan,
@@ -244,6 +293,7 @@ class DQNAgent:
             "target_network": self.target_network.state_dict(),
             "rnd": None if self.rnd is None else self.rnd.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "rnd_optimizer": None if self.rnd_optimizer is None else self.rnd_optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "clocks": {name: getattr(self, name) for name in CLOCKS},
             "next_train": self._next_train,
@@ -259,6 +309,8 @@ class DQNAgent:
         if self.rnd is not None:
             self.rnd.load_state_dict(state["rnd"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.rnd_optimizer is not None:
+            self.rnd_optimizer.load_state_dict(state["rnd_optimizer"])
         try:
             self.generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError):  # saved on another kind of device: its random numbers cannot go on here
@@ -268,15 +320,5 @@ class DQNAgent:
         self._next_train, self._next_sync = state["next_train"], state["next_sync"]
         if state["replay"] is not None:
             self.replay.load_state_dict(state["replay"])
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` resolved for the device: bf16 where it is computed natively, else fp32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        native = any(probe() for probe in probes if probe is not None)
-    return "bf16" if native else "fp32"
+        self._epsilon_clock = -1
+        self._capture()  # the optimizers have new tensors

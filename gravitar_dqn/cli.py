@@ -1,4 +1,4 @@
-"""The command line: `gravitar-dqn train | eval | watch | dashboard`, and the same behind the scripts.
+"""The command line: `gravitar-dqn train | eval | watch | bench | dashboard`, and the same behind the scripts.
 
 Torch and the games are imported only by what needs them, so that `--help` answers at once.
 """
@@ -32,6 +32,8 @@ class TrainArguments:
     """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
     resume: Path | None = None
     """Go on with the run in this folder, from its newest checkpoint."""
+    profile: bool = False
+    """Print at the end where the time went."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
             raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
     from gravitar_dqn.training import train
 
-    train(config, run_dir, resume=saved is not None)
+    train(config, run_dir, resume=saved is not None, profile=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
@@ -205,10 +207,22 @@ def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     return serve(list(argv))
 
 
+def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:
+    """`bench [options]`."""
+    from gravitar_dqn.benchmark import Settings, run
+
+    settings = parse(Settings, argv, prog, "Measure speed: the parts, whole training, and the peers.")
+    for name in ("num_envs", "rounds"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be at least 1")
+    run(settings)
+
+
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train_command,
     "eval": evaluate_command,
     "watch": watch_command,
+    "bench": bench_command,
     "dashboard": dashboard_command,
 }
 

@@ -38,7 +38,7 @@ class EnvConfig:
     """Gymnasium's id. `ALE/<Game>-v5` runs on ALE's own C++ vector environment."""
     obs_type: Literal["image", "ram"] = "image"
     """What the agent of an ALE game sees: 84x84 grey frames, or the console's 128 bytes of RAM."""
-    num_envs: int = _bounded(32, low=1)
+    num_envs: int = _bounded(128, low=1)
     """Games played side by side."""
     num_threads: int = _bounded(0)
     """Emulator threads; 0 takes one for each core."""
@@ -61,10 +61,10 @@ class RNDConfig:
     learning_rate: float = _bounded(1e-4)
     """Adam's, for the predictor."""
     update_proportion: float = _bounded(0.25, low=0.01, high=1)
-    """Share of each batch that the predictor learns from."""
+    """Share of what the Q network learns from: the predictor learns a batch at every (1 / this)th gradient step."""
     gamma: float = _bounded(0.99, high=1)
     """Discount of the intrinsic return whose standard deviation scales the bonus."""
-    init_updates: int = _bounded(500)
+    init_updates: int = _bounded(200)
     """Gradient steps of the predictor before there is a bonus: an untrained one's errors are all large."""
 
 
@@ -136,6 +136,8 @@ class Config:
     """auto, cpu, cuda or cuda:N. (free)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto takes bf16 where the device computes it natively. (free)"""
+    execution: Literal["auto", "eager", "graphs"] = "auto"
+    """How the networks run: graphs replays CUDA graphs, auto takes those on a GPU; eager always works. (free)"""
     log_seconds: float = _bounded(2.0)
     """Seconds from one row of metrics.csv to the next; 0: a row every step. (free)"""
     dashboard: str = "auto"
@@ -151,8 +153,8 @@ class Config:
 
 
 FREE_FIELDS = frozenset(
-    "total_steps total_episodes device precision log_seconds dashboard video_every video_dir checkpoint_minutes "
-    "checkpoint_replay".split()
+    "total_steps total_episodes device precision execution log_seconds dashboard video_every video_dir "
+    "checkpoint_minutes checkpoint_replay".split()
 )
 
 GRAVITAR = Config()

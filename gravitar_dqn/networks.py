@@ -20,32 +20,61 @@ def scale_pixels(obs: Tensor) -> Tensor:
     return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
 
 
-class PixelConv2d(nn.Conv2d):
-    """A convolution that takes uint8 pictures as pixels / 255.
+BLOCK = 4  # the first convolution's stride
+_WIDE = {1: torch.int32, 2: torch.int64, 4: torch.complex128}  # a type as wide as BLOCK pixels, by a pixel's bytes
 
-    The division is done on the few weights instead of the many pixels, and 0..255 are exact in bfloat16.
+
+def space_to_depth(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks of 4x4 pixels as channels: (B, C, H, W) -> (B, 16 C, H / 4, W / 4) of type `dtype`, channels_last.
+
+    Four neighbouring pixels travel as one wide number: that moves a quarter as many, which is several times faster.
+    No gradient goes back through it.
+    """
+    batch, channels, height, width = x.shape
+    runs = x.contiguous().view(_WIDE[x.element_size()])
+    runs = runs.view(batch, channels, height // BLOCK, BLOCK, width // BLOCK).permute(0, 2, 4, 1, 3).contiguous()
+    return runs.view(x.dtype).to(dtype).view(batch, height // BLOCK, width // BLOCK, -1).permute(0, 3, 1, 2)
+
+
+class PixelConv2d(nn.Conv2d):
+    """The first convolution, 8x8 with stride 4, on pictures whose sides 4 divides.
+
+    It is computed as the same sum over 2x2 blocks of 4x4 pixels: a convolution of stride 1 over 16 times the channels,
+    which suits the hardware better than 4 channels do. uint8 is taken as pixels / 255: the division is done on the few
+    weights instead of the many pixels, and 0..255 are exact in bfloat16.
     """
 
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 2 * BLOCK, stride=BLOCK)
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, height, width) uint8 or float -> (B, out_channels, ...)."""
-        if x.dtype != torch.uint8:
-            return super().forward(x)
+        """(B, in_channels, H, W) uint8 or float -> (B, out_channels, H / 4 - 1, W / 4 - 1)."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        pixels = x.to(dtype, memory_format=torch.channels_last)  # the fast layout of convolutions
-        return F.conv2d(pixels, self.weight / 255, self.bias, self.stride)
+        weight = self.weight / 255 if x.dtype == torch.uint8 else self.weight
+        blocks = weight.view(self.out_channels, self.in_channels, 2, BLOCK, 2, BLOCK).permute(0, 1, 3, 5, 2, 4)
+        blocks = blocks.reshape(self.out_channels, -1, 2, 2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(space_to_depth(x, dtype), blocks, self.bias)
+
+
+class FlattenLast(nn.Module):
+    """(B, channels, height, width) -> (B, height * width * channels): no copy of a channels_last tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.permute(0, 2, 3, 1).flatten(1)
 
 
 def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """The convolutions of Mnih 2015: (B, channels, 84, 84), uint8 or scaled to taste -> (B, 3136)."""
     return nn.Sequential(
-        PixelConv2d(channels, 32, 8, stride=4),
+        PixelConv2d(channels, 32),
         activation(),
         nn.Conv2d(32, 64, 4, stride=2),
         activation(),
         nn.Conv2d(64, 64, 3, stride=1),
         activation(),
-        nn.Flatten(),
+        FlattenLast(),
     )
 
 
@@ -60,7 +89,7 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 def channels_last(network: nn.Module) -> None:
     """Lay convolution weights out for channels_last inputs, in place."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not isinstance(module, PixelConv2d):  # that one reorders them itself
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 

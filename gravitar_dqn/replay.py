@@ -51,6 +51,32 @@ class Batch:
     probabilities: Tensor  # (B,) float64, of having been sampled
 
 
+class Upload:
+    """Takes arrays of one shape to the device. On CUDA through pinned memory, so that the host does not wait.
+
+    Args:
+        shape: the arrays' shape; axes of size 1 may be missing or extra in what is given.
+        dtype: their type.
+        device: where they go.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        self._pinned = torch.empty(shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, array: npt.NDArray[Any], out: Tensor | None = None) -> Tensor:
+        """The array on the device, in `out` if given."""
+        host = torch.from_numpy(np.ascontiguousarray(array)).view(self._shape)
+        if self._pinned is not None and self._sent is not None:
+            self._sent.synchronize()  # the copy before this one has long been made
+            host = self._pinned.copy_(host)
+        here = host.to(self._device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+        return here
+
+
 class ReplayBuffer:
     """Ring of transitions of `num_envs` environments that step together.
 
@@ -96,6 +122,8 @@ class ReplayBuffer:
         self.row_weights = torch.zeros(rows, dtype=torch.float64, device=self.device)
         self.max_weight = torch.ones((), device=self.device)
 
+        self._frames_upload = Upload((num_envs, *frame_shape), dtype, self.device)
+        self._columns_upload = Upload((5, num_envs), torch.float32, self.device)
         self._cursor = -1  # the row of the newest frame, whose action is still to come
         self._written = 0  # rows ever begun
         self._played = np.zeros(rows, dtype=np.int64)  # played actions in each row
@@ -162,7 +190,7 @@ class ReplayBuffer:
         self._ages = np.where(played, np.minimum(self._ages + 1, self.stack - 1), 0)
         flags = [terminations & played, truncations & played, played]
         packed = np.stack([rewards, self._ages, *flags]).astype(np.float32)
-        columns = torch.from_numpy(packed).to(self.device)  # one small transfer for all of them
+        columns = self._columns_upload(packed)  # one small transfer for all of them
         row = self._cursor
         self.actions[row] = actions
         self.rewards[row] = columns[0]
@@ -176,8 +204,7 @@ class ReplayBuffer:
         self._cursor = row = (self._cursor + 1) % self.num_rows
         self._written += 1
         first = row * self.num_envs
-        frames = torch.from_numpy(np.ascontiguousarray(obs)).view(self.num_envs, *self.frame_shape)
-        self.frames[first : first + self.num_envs].copy_(frames)
+        self._frames_upload(obs, self.frames[first : first + self.num_envs])
         self.ages[row] = ages
         self.playable[row] = False
         self._played[row] = 0
@@ -205,13 +232,13 @@ class ReplayBuffer:
         self.weights.view(-1)[rows] = weights
         touched = torch.div(rows, self.num_envs, rounding_mode="floor")
         self.row_weights[touched] = self.weights[touched].sum(dim=1, dtype=torch.float64)
-        self.max_weight = torch.maximum(self.max_weight, weights.max())
+        self.max_weight.copy_(torch.maximum(self.max_weight, weights.max()))
 
     # ---------------------------------------------------------------- reading
 
-    def latest(self) -> Tensor:
-        """The newest observation of every environment, (num_envs, *obs_shape)."""
-        return self._stacks(self._cursor * self.num_envs + self._env_index)
+    def latest(self, out: Tensor | None = None) -> Tensor:
+        """The newest observation of every environment, (num_envs, *obs_shape), written to `out` if given."""
+        return self._stacks(self._cursor * self.num_envs + self._env_index, out)
 
     def latest_frames(self) -> Tensor:
         """The newest frame of every environment, (num_envs, *frame_shape), without a copy."""
@@ -261,8 +288,8 @@ class ReplayBuffer:
         probabilities = weights.gather(1, env).squeeze(1) / total
         return row * self.num_envs + env.squeeze(1), probabilities
 
-    def _stacks(self, rows: Tensor) -> Tensor:
-        """Observations (B, *obs_shape) whose newest frames lie at flat positions `rows` (B,)."""
+    def _stacks(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Observations (B, *obs_shape) whose newest frames lie at flat positions `rows` (B,), in `out` if given."""
         if self.stack > 1:
             ages = self.ages.view(-1)[rows].unsqueeze(1).long()
             back = self._offsets.expand(len(rows), -1)
@@ -270,7 +297,8 @@ class ReplayBuffer:
                 back = torch.minimum(back, ages)
             index = (rows[:, None] - back * self.num_envs) % (self.num_rows * self.num_envs)
             rows = torch.where(back <= ages, index, self.num_rows * self.num_envs).view(-1)
-        return self.frames.index_select(0, rows).view(-1, *self.obs_shape)
+        flat = None if out is None else out.view(-1, *self.frame_shape)
+        return torch.index_select(self.frames, 0, rows, out=flat).view(-1, *self.obs_shape)
 
     # ---------------------------------------------------------------- keeping
 

@@ -7,8 +7,6 @@ calls: `observe` (bonus of a step, once, when it is played), `learning_rewards` 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +31,14 @@ class RunningMeanStd(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in `values` (N, *shape), only those where `mask` (N,) is true if one is given."""
-        values = values.double()
-        keep = torch.ones(len(values), device=values.device) if mask is None else mask
-        keep = keep.double().view(-1, *[1] * (values.dim() - 1))
+        values = values.float()
+        keep = torch.ones(len(values), device=values.device) if mask is None else mask.float()
         count = keep.sum()
-        mean = (values * keep).sum(0) / count.clamp(min=1)
-        var = ((values - mean) ** 2 * keep).sum(0) / count.clamp(min=1)
+        # Within one batch float32 is exact enough, and several times faster on pictures.
+        flat = values.view(len(values), -1)
+        mean = (keep @ flat) / count.clamp(min=1)
+        var = (keep @ (flat - mean).square()) / count.clamp(min=1)
+        mean, var, count = mean.view(self.mean.shape).double(), var.view(self.var.shape).double(), count.double()
         total, delta = self.count + count, mean - self.mean
         m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
         self.mean += delta * count / total
@@ -98,6 +98,11 @@ class RND(nn.Module):
         return bonus
 
     @property
+    def period(self) -> int:
+        """Gradient steps of the Q network from one of the predictor's to the next."""
+        return max(round(1 / self.config.update_proportion), 1)
+
+    @property
     def ready(self) -> Tensor:
         """Whether the predictor's errors tell new from known yet: bool scalar, on the device."""
         return self.updates >= self.config.init_updates
@@ -116,11 +121,8 @@ class RND(nn.Module):
         return errors
 
     def loss(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Predictor's loss over a share of the rows, the first m, and the fresh bonus (m,) of these.
-
-        Rows of a sampled batch are independent draws: the first ones are as random as any. The others cost nothing.
-        """
-        errors = self.errors(obs[: math.ceil(self.config.update_proportion * len(obs))])
+        """Predictor's loss, and the fresh bonus (B,) of the observations, which comes with it for free."""
+        errors = self.errors(obs)
         self.updates += 1
         return errors.mean(), errors.detach() * self.ready
 
@@ -139,6 +141,7 @@ class NotebookRND(nn.Module):
 
     history: Tensor
     seen: Tensor
+    period = 1
 
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,6 +84,39 @@ def tell(message: str) -> None:
 def warn(message: str) -> None:
     """A line for something that went wrong while the run goes on."""
     tell(f"warning: {message}")
+
+
+class Sections:
+    """Where a loop's wall-clock time goes, by name.
+
+    Args:
+        synchronize: waits for the device at the end of every section, so that its work is counted where it was
+            launched; that itself costs time. None: only the host is watched.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a `with` block as `name`'s."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._synchronize is not None:
+                self._synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def table(self, steps: int) -> str:
+        """Seconds, share and microseconds for each of `steps` agent steps, a line for each section."""
+        total = max(sum(self.seconds.values()), 1e-9)
+        lines = [f"where the time went, {steps} steps:"]
+        for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            each = 1e6 * seconds / max(steps, 1)
+            lines.append(f"  {name:8s} {seconds:9.2f} s {seconds / total:6.1%} {each:9.1f} us a step")
+        return "\n".join(lines)
 
 
 class CsvLog:

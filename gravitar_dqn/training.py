@@ -24,12 +24,13 @@ from line_profiler import profile
 
 from gravitar_dqn import checkpoint
 from gravitar_dqn import envs as games
-from gravitar_dqn.agent import DQNAgent, choose_precision
+from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import Config, UserError, to_dict
 from gravitar_dqn.dashboard import Dashboard
+from gravitar_dqn.execution import choose_execution, choose_precision, keep_freed_memory
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.replay import plan_memory
-from gravitar_dqn.tracking import Console, Episode, Observer, TrackedAgent, Tracker, tell, warn
+from gravitar_dqn.tracking import Console, Episode, Observer, Sections, TrackedAgent, Tracker, tell, warn
 from gravitar_dqn.visdom_files import DashboardError
 from gravitar_dqn.visdom_server import find_or_start_server
 
@@ -61,12 +62,22 @@ class Agent(TrackedAgent, Protocol):
 
 
 @profile
-def play(envs: Any, agent: Agent, seed: int) -> Iterator[list[Episode]]:
+def play(
+    envs: Any, agent: Agent, seed: int, *, overlap: bool = False, sections: Sections | None = None
+) -> Iterator[list[Episode]]:
     """Play and learn for ever; yields the games that each step of the vector environment finished.
 
     Knows nothing of logs, checkpoints or the end. The step after a game's end is Gymnasium's NEXT_STEP reset: no
     action is played there, so it counts neither as a step nor towards a score.
+
+    Args:
+        envs: a vector environment of Gymnasium's.
+        agent: who plays.
+        seed: of the games.
+        overlap: learn while the emulator plays, which takes environments with `send` and `recv`. The run is the same.
+        sections: measures where the time goes.
     """
+    timed = sections if sections is not None else Sections()
     obs, _ = envs.reset(seed=seed)
     agent.begin(obs)
     number = agent.episodes
@@ -74,11 +85,17 @@ def play(envs: Any, agent: Agent, seed: int) -> Iterator[list[Episode]]:
     lengths = np.zeros(envs.num_envs, dtype=np.int64)
     played = np.ones(envs.num_envs, dtype=np.bool_)
     while True:
-        actions = agent.act()
-        on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point
-        obs, rewards, terminations, truncations, _ = envs.step(on_host)
-        agent.observe(actions, rewards, terminations, truncations, obs, played)
-        agent.update()
+        with timed("act"):
+            actions = agent.act()
+            on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point
+        if overlap:
+            envs.send(on_host)
+        with timed("learn"):
+            agent.update()
+        with timed("emulate"):
+            obs, rewards, terminations, truncations, _ = envs.recv() if overlap else envs.step(on_host)
+        with timed("store"):
+            agent.observe(actions, rewards, terminations, truncations, obs, played)
 
         scores += rewards * played
         lengths += played
@@ -89,7 +106,8 @@ def play(envs: Any, agent: Agent, seed: int) -> Iterator[list[Episode]]:
             number += 1
         scores[ended], lengths[ended] = 0.0, 0
         played = ~ended
-        yield finished
+        with timed("tell"):
+            yield finished
 
 
 class Stop:
@@ -173,25 +191,30 @@ def describe_device(device: torch.device) -> str:
 
 def write_config(run_dir: Path, config: Config, device: torch.device) -> None:
     """config.json: all settings, and what they ran on."""
-    packages = "torch numpy gymnasium ale-py visdom".split()
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     record = {
         "preset": config.preset,
         "config": to_dict(config),
-        "versions": versions,
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "device": describe_device(device),
         "precision": choose_precision(config.precision, device),
+        "execution": choose_execution(config.execution, device),
     }
     aside = run_dir / "config.tmp"
     aside.write_text(json.dumps(record, indent=2) + "\n")
     aside.replace(run_dir / "config.json")
 
 
-def _commit() -> str:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in "torch numpy gymnasium ale-py visdom stable-baselines3".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def commit() -> str:
     """This source tree's commit, "-dirty" where it was changed; nothing where it is installed without one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -224,6 +247,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 def build(config: Config) -> tuple[Any, DQNAgent]:
     """The environments and a new agent for them, seeded. Prints the replay buffer's size before it is allocated."""
     device = choose_device(config.device)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     envs = games.make_envs(config.env)
     frame_shape, frame_dtype = games.frame_of(envs)
@@ -231,8 +255,11 @@ def build(config: Config) -> tuple[Any, DQNAgent]:
     return envs, DQNAgent(config, frame_shape, frame_dtype, games.num_actions_of(envs), device)
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
-    """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint."""
+def train(config: Config, run_dir: Path, *, resume: bool = False, profile: bool = False) -> None:
+    """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint.
+
+    `profile` prints at the end where the time went.
+    """
     check_dashboard(config.dashboard, run_dir)
     state = checkpoint.load(run_dir) if resume else {}
     envs, agent = build(config)
@@ -263,7 +290,12 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
             closing.callback(observer.close)
         if not resume:
             checkpointer.save()  # from now on a kill leaves something whole to resume from
-        for episodes in play(envs, agent, config.seed + agent.global_step):
+        on_gpu = agent.device.type == "cuda"
+        sections = Sections(torch.cuda.synchronize if profile and on_gpu else None)
+        first_step = agent.global_step
+        # On a CPU the networks and the emulator would only take each other's cores.
+        overlap = on_gpu and hasattr(envs, "send")
+        for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, sections=sections):
             for observer in observers:
                 observer.step(episodes)
             if stop.requested or finished(config, agent):
@@ -272,6 +304,8 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> None:
             raise UserError(
                 f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"
             )
+        if profile:
+            farewell.append(sections.table(agent.global_step - first_step))
         if finished(config, agent):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
         else:

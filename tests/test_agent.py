@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.agent import DQNAgent, choose_precision
+from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.training import play
 
@@ -143,15 +144,15 @@ def test_every_environment_starts_at_random_and_ends_on_its_rung() -> None:
     config = settings(epsilon_start=1.0, epsilon_end=0.4, epsilon_ladder=7.0, epsilon_decay=200)
     envs, agent = build(config, probes.TimeLimit)
     ends = [0.4, 0.4 ** (1 + 7 / 3), 0.4 ** (1 + 14 / 3), 0.4**8]
-    assert agent._epsilons(agent._epsilon_ends).tolist() == [1.0] * 4
+    assert agent._schedule(agent._epsilon_ends).tolist() == [1.0] * 4
     loop = play(envs, agent, 1)
     for _ in islice(loop, 49):
         pass
     assert agent.global_step == 100  # half-way, for each environment on its own line
-    np.testing.assert_allclose(agent._epsilons(agent._epsilon_ends), [1 + (end - 1) / 2 for end in ends])
+    np.testing.assert_allclose(agent._schedule(agent._epsilon_ends), [1 + (end - 1) / 2 for end in ends])
     for _ in islice(loop, 100):
         pass
-    np.testing.assert_allclose(agent._epsilons(agent._epsilon_ends), ends)
+    np.testing.assert_allclose(agent._schedule(agent._epsilon_ends), ends)
     assert agent.epsilon == pytest.approx(np.mean(ends))
 
 
@@ -174,15 +175,15 @@ def notebook(**changes: Any) -> Config:
 def test_notebook_trains_ten_steps_at_the_end_of_an_episode_and_syncs_every_hundred() -> None:
     envs, agent = build(notebook(buffer_size=500, learning_starts=30, batch_size=8), probes.DelayedReward)
     syncs: Counter[int] = Counter()
-    updates_before = 0
+    updates_before, due = 0, 0
     for finished in islice(play(envs, agent, 742), 3 * 205):
         if agent.messages:
             syncs[agent.episodes] += len(agent.messages)
             agent.messages.clear()
         grown = agent.num_updates - updates_before
         updates_before = agent.num_updates
-        stored = len(agent.replay)
-        assert grown == (10 if finished and stored > 30 else 0)
+        assert grown == due
+        due = 10 if finished and len(agent.replay) > 30 else 0  # before the next game's first frame is shown
     assert syncs == {100: 1, 200: 1}
     # epsilon: 0.50 less 1/2000 an episode
     assert agent.episodes == 205
@@ -325,9 +326,11 @@ def test_one_bf16_step_gives_every_parameter_its_gradient() -> None:
         for _ in islice(play(envs, agent, 1), 20):
             pass
         agent._autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        agent.optimizer.step = lambda: None  # keep the gradients of one step, change nothing
+        # Keep the gradients of one step, change nothing.
+        agent.optimizer.step = agent.rnd_optimizer.step = lambda: None
         agent.generator.manual_seed(3)
-        agent._gradient_step()
+        agent.learn()
+        agent.distill()
         modules = {"q": agent.q_network, "rnd": agent.rnd.predictor}
         grads[precision] = {f"{m}.{n}": p.grad for m, module in modules.items() for n, p in module.named_parameters()}
     assert grads["fp32"].keys() == grads["bf16"].keys()

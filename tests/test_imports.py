@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"config", "returns", "networks", "visdom_files"},
+    {"config", "returns", "networks", "execution", "visdom_files"},
     {"replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
     {"agent", "evaluation", "dashboard"},
     {"recording"},
     {"training"},
+    {"peers"},
+    {"benchmark"},
     {"cli"},
 ]
 

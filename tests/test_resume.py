@@ -156,7 +156,9 @@ def test_a_resume_goes_on_with_everything_that_learning_depends_on(tmp_path: Pat
 
 def test_a_resume_plays_other_games_than_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds, play = list[int](), training.play
-    monkeypatch.setattr(training, "play", lambda envs, agent, seed: (seeds.append(seed), play(envs, agent, seed))[1])
+    monkeypatch.setattr(
+        training, "play", lambda envs, agent, seed, **how: (seeds.append(seed), play(envs, agent, seed, **how))[1]
+    )
     assert train(*CARTPOLE, "--seed", 5, "--total-steps", 100, "--run-dir", tmp_path / "run") == 0
     assert train("--resume", tmp_path / "run", "--total-steps", 150) == 0
     assert train("--resume", tmp_path / "run", "--total-steps", 200) == 0

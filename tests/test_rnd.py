@@ -114,12 +114,17 @@ def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
     assert all(p.grad is None for p in rnd.target.parameters())
 
 
-def test_the_loss_takes_a_share_of_the_rows_and_gives_their_fresh_bonus() -> None:
-    rnd = RND((8,), 1, RNDConfig(update_proportion=0.25, init_updates=0))
+def test_the_loss_comes_with_the_fresh_bonus_of_its_rows() -> None:
+    rnd = RND((8,), 1, RNDConfig(init_updates=0))
     obs = torch.randn(40, 8)
     loss, fresh = rnd.loss(obs, torch.Generator())
-    torch.testing.assert_close(fresh, rnd.errors(obs)[:10].detach())
-    torch.testing.assert_close(loss, rnd.errors(obs)[:10].mean())
+    torch.testing.assert_close(fresh, rnd.errors(obs).detach())
+    torch.testing.assert_close(loss, rnd.errors(obs).mean())
+
+
+@pytest.mark.parametrize(("proportion", "period"), [(1.0, 1), (0.5, 2), (0.25, 4), (0.1, 10)])
+def test_the_predictor_learns_a_share_of_what_the_q_network_learns(proportion: float, period: int) -> None:
+    assert RND((8,), 1, RNDConfig(update_proportion=proportion)).period == period
 
 
 def test_learning_rewards_are_in_units_of_the_intrinsic_return() -> None:

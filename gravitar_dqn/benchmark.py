@@ -1,0 +1,322 @@
+"""How fast it is, and against what: in alternation within one run, as medians, quartiles and ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gravitar_dqn import peers, training
+from gravitar_dqn.agent import DQNAgent
+from gravitar_dqn.config import UserError
+from gravitar_dqn.execution import keep_freed_memory
+from gravitar_dqn.replay import ReplayBuffer, available_bytes, bytes_per_transition
+from gravitar_dqn.tracking import FRAMES_PER_STEP, tell
+
+FRAME = (84, 84)
+NUM_ACTIONS = 18
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the benchmark is asked for."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    num_envs: int = 128
+    """Games that we play side by side."""
+    rounds: int = 10
+    """Turns that each contender of a comparison gets."""
+    seconds: float = 8.0
+    """Length of a turn of whole training; a contender finishes what it has begun."""
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Frames in the replay buffer; those that do not fit are left out."""
+    peers: bool = True
+    """Also the notebook's way and Stable-Baselines3 (extra `bench`)."""
+    quick: bool = False
+    """Everything short, within two minutes."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a quantity measured once a round."""
+
+    section: str
+    name: str
+    unit: str
+    values: list[float]
+    against: list[float] = field(default_factory=list)  # the reference's values, round by round
+    higher_is_better: bool = False
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times better than the reference, round by round."""
+        pairs = zip(self.values, self.against, strict=True) if self.against else []
+        return [value / other if self.higher_is_better else other / value for value, other in pairs]
+
+    def summary(self) -> dict[str, Any]:
+        """Median and quartiles of the values and of the ratios."""
+        told = {"section": self.section, "name": self.name, "unit": self.unit, **spread(self.values)}
+        return told | {f"ratio_{key}": value for key, value in spread(self.ratios).items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lower and upper quartile; nothing of no values."""
+    if not values:
+        return {}
+    low, high = np.percentile(values, [25, 75]).tolist()
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each in turn, `rounds` times over; what they return, by name."""
+    values: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            values[name].append(candidate())
+    return values
+
+
+def milliseconds(function: Callable[[], object], device: torch.device, repeat: int = 5) -> Callable[[], float]:
+    """A function that gives the time of one call of `function`, averaged over `repeat`."""
+
+    def measure() -> float:
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(repeat):
+            function()
+        wait(device)
+        return 1e3 * (time.perf_counter() - start) / repeat
+
+    for _ in range(5):  # warm up; a CUDA graph is captured at the fourth call
+        function()
+    return measure
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rows_of(
+    section: str, unit: str, values: Mapping[str, list[float]], reference: str, *, higher_is_better: bool = False
+) -> list[Row]:
+    """A row for each name; the ratios are against `reference`."""
+    against = values[reference]
+    return [
+        Row(section, name, unit, mine, [] if name == reference else against, higher_is_better)
+        for name, mine in values.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- sections
+
+
+def make_agent(settings: Settings, device: torch.device, **changes: Any) -> DQNAgent:
+    """An agent of the benchmark's settings, its replay buffer filled with noise."""
+    config = replace(peers.our_config(settings.device, settings.num_envs), **changes)
+    torch.manual_seed(config.seed)
+    agent = DQNAgent(config, FRAME, torch.uint8, NUM_ACTIONS, device)
+    fill(agent.replay, 3 * settings.num_envs * 8, agent.observe, agent.begin)
+    return agent
+
+
+def fill(buffer: ReplayBuffer, transitions: int, put: Callable[..., None], begin: Callable[..., None]) -> None:
+    """Play random frames into a buffer, with a game's end now and then."""
+    random = np.random.default_rng(0)
+    num_envs = buffer.num_envs
+    frames = random.integers(0, 255, (8, num_envs, *buffer.frame_shape), dtype=np.uint8)
+    begin(frames[0])
+    no = np.zeros(num_envs, dtype=np.bool_)
+    played = ~no
+    for i in range(-(-transitions // num_envs)):
+        actions = torch.from_numpy(random.integers(0, NUM_ACTIONS, num_envs)).to(buffer.device)
+        ends = (random.random(num_envs) < 1 / 600) & played
+        put(actions, random.normal(size=num_envs), ends, no, frames[i % 8], played)
+        played = ~ends
+
+
+def network_rows(settings: Settings, device: torch.device) -> list[Row]:
+    """Acting, curiosity and one gradient step: as it runs, and eager fp32."""
+    agents = {
+        "fp32, eager": make_agent(settings, device, precision="fp32", execution="eager"),
+        "as it runs": make_agent(settings, device),
+    }
+    rows = []
+    envs, samples = f"ms for {settings.num_envs} environments", f"ms for {peers.BATCH} samples"
+    for section, unit, name in (
+        ("acting", envs, "act"),
+        ("curiosity of a step", envs, "wonder"),
+        ("update of the Q network", samples, "learn"),
+        ("update of the predictor", samples, "distill"),
+    ):
+        measured = {key: milliseconds(getattr(agent, name), device) for key, agent in agents.items()}
+        rows += rows_of(section, unit, alternate(measured, settings.rounds), "fp32, eager")
+    return rows
+
+
+def replay_rows(settings: Settings, device: torch.device) -> list[Row]:
+    """Storing and sampling by the number of frames held, so that growth would show."""
+    buffers: dict[int, dict[str, ReplayBuffer]] = {}
+    for size in settings.sizes:
+        if 2 * size * bytes_per_transition(FRAME, torch.uint8) > 0.8 * available_bytes(device):
+            tell(f"replay: {size} frames twice over do not fit into the memory; left out")
+            continue
+        buffers[size] = {}
+        for name, exponent in (("uniform", 0.0), ("priorities", 0.5)):
+            buffer = ReplayBuffer(size, settings.num_envs, FRAME, n_step=3, priority_exponent=exponent, device=device)
+            fill(buffer, size + 20 * settings.num_envs, buffer.put, buffer.begin)
+            buffers[size][name] = buffer
+    generator = torch.Generator(device).manual_seed(0)
+
+    def sample(buffer: ReplayBuffer) -> Callable[[], object]:
+        return lambda: buffer.sample(peers.BATCH, generator)
+
+    def put(buffer: ReplayBuffer) -> Callable[[], object]:
+        actions = torch.zeros(settings.num_envs, dtype=torch.int64, device=device)
+        frames = np.zeros((settings.num_envs, *FRAME), dtype=np.uint8)
+        no = np.zeros(settings.num_envs, dtype=np.bool_)
+        return lambda: buffer.put(actions, np.zeros(settings.num_envs), no, no, frames, ~no)
+
+    def prioritize(buffer: ReplayBuffer) -> Callable[[], object]:
+        batch = buffer.sample(peers.BATCH, generator)
+        priorities = torch.rand(peers.BATCH, device=device) + 0.1
+        return lambda: buffer.update_priorities(batch.rows, priorities)
+
+    rows: list[Row] = []
+    for operation, make, unit in (
+        ("sample", sample, f"ms for {peers.BATCH} samples"),
+        ("put", put, f"ms for {settings.num_envs} environments"),
+        ("new priorities", prioritize, f"ms for {peers.BATCH} samples"),
+    ):
+        for kind in ("uniform", "priorities"):
+            if (operation == "new priorities" and kind == "uniform") or not buffers:
+                continue
+            measured = {
+                f"{operation}, {kind}, {size:>9,} frames": milliseconds(make(pair[kind]), device, 20)
+                for size, pair in buffers.items()
+            }
+            rows += rows_of("replay", unit, alternate(measured, settings.rounds), next(iter(measured)))
+    return rows
+
+
+def training_rows(settings: Settings) -> list[Row]:
+    """Whole training at 1.4 samples a step, and what bounds it: the emulator and the arithmetic, each alone."""
+
+    def ours(**kind: bool) -> Any:
+        return peers.our_config(settings.device, settings.num_envs, **kind)
+
+    makers: dict[str, tuple[Any, ...]] = {}
+    if settings.peers:
+        makers["the notebook's way"] = (peers.Notebook, settings.device)
+        makers["Stable-Baselines3 DQN, no curiosity"] = (peers.StableBaselines, settings.device)
+    makers["ours, the notebook's targets"] = (peers.Ours, ours(plain=True))
+    if not settings.quick:
+        makers["ours, the same without curiosity"] = (peers.Ours, ours(plain=True, curious=False))
+        makers["ours, the gravitar preset's targets"] = (peers.Ours, ours())
+    makers["bound: the emulator alone"] = (peers.BareEmulator, ours())
+    makers["bound: the networks alone"] = (peers.NetworksAlone, ours(plain=True))
+    with peers.workers(makers) as contenders:
+
+        def turn(worker: peers.Worker) -> Callable[[], float]:
+            return lambda: worker.turn(settings.seconds).speed
+
+        turns = {worker.name: turn(worker) for worker in contenders}
+        speeds = alternate(turns, settings.rounds)
+    emulator, networks = speeds["bound: the emulator alone"], speeds["bound: the networks alone"]
+    speeds["bound: one after the other"] = [
+        1 / (1 / one + 1 / other) for one, other in zip(emulator, networks, strict=True)
+    ]
+    if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
+        speeds["bound: side by side"] = [min(pair) for pair in zip(emulator, networks, strict=True)]
+    unit, plain = "steps/s", "ours, the notebook's targets"
+    if not settings.peers:
+        return rows_of("training", unit, speeds, plain, higher_is_better=True)
+    notebook, library = "the notebook's way", "Stable-Baselines3 DQN, no curiosity"
+    rows = rows_of("training", unit, speeds, notebook, higher_is_better=True)
+    rows += [
+        replace(row, section="against Stable-Baselines3")
+        for row in rows_of("", unit, speeds, library, higher_is_better=True)
+        if row.name.startswith("ours")
+    ]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- telling
+
+
+def table(rows: list[Row]) -> str:
+    """The figures for people."""
+    lines, section = [], ""
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        if row.section != section:
+            section = row.section
+            lines += ["", f"{section} ({row.unit})", f"  {'':{width}s} {'median':>10s}  {'quartiles':>19s}    ratio"]
+        told = row.summary()
+        line = f"  {row.name:{width}s} {told['median']:10.4g}  {told['low']:8.4g} - {told['high']:8.4g}"
+        if row.ratios:
+            line += f"    {told['ratio_median']:.2f}x ({told['ratio_low']:.2f} - {told['ratio_high']:.2f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure everything, print the table, give (and write) the record."""
+    if settings.quick:
+        settings = replace(settings, rounds=3, seconds=1.5, sizes=tuple(s for s in settings.sizes if s <= 100_000))
+    if settings.peers:
+        check_peers()
+    device = training.choose_device(settings.device)
+    if settings.json is not None and not settings.json.parent.is_dir():
+        raise UserError(f"--json: there is no folder {settings.json.parent}")
+    keep_freed_memory()
+    start = time.perf_counter()
+    rows: list[Row] = []
+    sections: dict[str, Callable[[], list[Row]]] = {
+        "whole training": lambda: training_rows(settings),
+        "networks": lambda: network_rows(settings, device),
+        "replay": lambda: replay_rows(settings, device),
+    }
+    for title, measure in sections.items():
+        tell(f"measuring: {title}")
+        rows += measure()
+    record = {
+        "machine": training.describe_device(device),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "versions": training.versions(),
+        "commit": training.commit(),
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "samples_per_step": peers.BATCH * peers.UPDATES / peers.STEPS,
+        "frames_per_step": FRAMES_PER_STEP,
+        "seconds": time.perf_counter() - start,
+        "rows": [row.summary() | {"values": row.values} for row in rows],
+    }
+    print(f"{record['machine']}, {record['cores']} cores, commit {record['commit']}, {record['seconds']:.0f} s")
+    print(table(rows))
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def check_peers() -> None:
+    """Raise UserError when Stable-Baselines3 is not installed."""
+    try:
+        import stable_baselines3  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "Stable-Baselines3 is not installed: pip install -e '.[bench]' brings it, --no-peers leaves peers out"
+        ) from None

@@ -1,0 +1,108 @@
+"""How the arithmetic runs: which precision, eager or captured in a CUDA graph, and what the allocator keeps.
+
+Nothing here changes what is computed. `precision="fp32"` with `execution="eager"` always works, and is what the rest
+is tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Warn = Callable[[str], None]
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`auto` resolved for the device: bf16 where it is computed natively, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        native = any(probe() for probe in probes if probe is not None)
+    return "bf16" if native else "fp32"
+
+
+def choose_execution(execution: str, device: torch.device) -> str:
+    """`auto` resolved for the device: graphs on CUDA, else eager."""
+    if execution != "auto":
+        return execution
+    return "graphs" if device.type == "cuda" else "eager"
+
+
+class Graphed:
+    """A function captured in a CUDA graph: a replay launches all its kernels at once.
+
+    The function takes and gives nothing: it reads and writes, in place, tensors that stay where they are, without ever
+    looking at a value on the host. Its first calls run as they are, on a side stream as capturing demands; they count.
+    Random numbers of `generator` are fresh at every replay. Where capturing fails it stays eager, with one warning.
+
+    Args:
+        function: what to run.
+        generator: the random numbers it draws, on the device.
+        device: where it runs.
+        warn: takes the line that says why capturing failed.
+    """
+
+    WARM_UP = 3
+
+    def __init__(
+        self, function: Callable[[], None], generator: torch.Generator, device: torch.device, warn: Warn
+    ) -> None:
+        self._function, self._generator, self._device, self._warn = function, generator, device, warn
+        self._calls = 0
+        self._graph: Any = None
+        self._failed = False
+
+    def __call__(self) -> None:
+        """Run the function once."""
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._failed:
+            self._function()
+        elif self._calls < self.WARM_UP:
+            self._calls += 1
+            self._aside()
+        else:
+            self._capture()
+            self()
+
+    def _aside(self) -> None:
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        here = torch.cuda.current_stream(self._device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            self._function()
+        here.wait_stream(stream)
+
+    def _capture(self) -> None:
+        """Record the kernels; nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        try:
+            with torch.cuda.graph(graph):
+                self._function()
+        except RuntimeError as error:
+            self._failed = True
+            name = getattr(self._function, "__name__", "a function")
+            self._warn(f"{name} runs eagerly, no CUDA graph could be made of it: {str(error).splitlines()[0]}")
+        else:
+            self._graph = graph
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next use instead of returning it to the system.
+
+    Otherwise every activation of a few megabytes is mapped, faulted in page by page and unmapped at each gradient
+    step on a CPU. Elsewhere than on glibc nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # mallopt's names for them, from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most it takes; the replay buffer is larger and not affected
+        libc.mallopt(trim_threshold, 2**31 - 1)

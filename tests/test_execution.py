@@ -1,0 +1,256 @@
+"""The fast paths against the eager fp32 one. CUDA graphs are emulated here; test_gpu.py has the real ones."""
+
+import contextlib
+import copy
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import probes
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gravitar_dqn import envs as games
+from gravitar_dqn import execution, returns
+from gravitar_dqn.agent import DQNAgent
+from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
+from gravitar_dqn.networks import DuelingConvQNetwork, PixelConv2d, conv_trunk, space_to_depth
+from gravitar_dqn.training import play
+
+CONFIG = Config(
+    env=EnvConfig(num_envs=4),
+    agent=DQNConfig(
+        buffer_size=400, learning_starts=30, batch_size=16, train_frequency=4, epsilon_decay=60, learning_rate=1e-3
+    ),
+    rnd=RNDConfig(init_updates=2, update_proportion=0.5),
+    precision="fp32",
+)
+
+
+class Recording(TorchDispatchMode):
+    """Every operation on tensors while it is active; one that a capture does not allow raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        masks = name.startswith("aten::index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for index in arg
+        )
+        if masks or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+
+class EmulatedGraph:
+    """Does what a CUDA graph does: repeats the recorded operations on the same tensors, whatever Python thinks.
+
+    Recording executes here, unlike a capture: so the first replay has nothing left to do.
+    """
+
+    def __init__(self) -> None:
+        self.recording = Recording()
+        self.replays = 0
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        pass
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays == 1:
+            return
+        for func, args, kwargs, result in self.recording.calls:
+            again = func(*args, **kwargs)
+            for old, new, told in zip(flat(result), flat(again), func._schema.returns, strict=False):
+                if isinstance(old, torch.Tensor) and told.alias_info is None:
+                    old.copy_(new.view(old.shape))  # squeeze_ may have changed it since
+
+
+def flat(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+class NoStream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
+    """CUDA graphs on a CPU; gives those that were made."""
+    made: list[EmulatedGraph] = []
+
+    def make() -> EmulatedGraph:
+        made.append(EmulatedGraph())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: NoStream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: NoStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return made
+
+
+def trained(config: Config, steps: int) -> DQNAgent:
+    torch.manual_seed(config.seed)
+    envs = probes.vector_of(probes.Remember, config.env.num_envs)
+    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
+    for _ in islice(play(envs, agent, 1), steps):
+        pass
+    return agent
+
+
+def test_graphs_give_the_run_that_eager_gives(emulated: list[EmulatedGraph]) -> None:
+    eager = trained(replace(CONFIG, execution="eager"), 60)
+    graphs = trained(replace(CONFIG, execution="graphs"), 60)
+    assert len(emulated) == 4, "act, curiosity, and both updates"
+    assert all(graph.replays > 5 for graph in emulated)
+    assert (graphs.global_step, graphs.num_updates) == (eager.global_step, eager.num_updates)
+    for a, b in zip(eager.q_network.parameters(), graphs.q_network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    one, two = eager.replay.state_dict(), graphs.replay.state_dict()
+    for name in ("frames", "actions", "int_rewards", "weights", "max_weight"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    assert eager.metrics() == graphs.metrics()
+    assert eager.rnd is not None and graphs.rnd is not None
+    torch.testing.assert_close(eager.rnd.obs_rms.mean, graphs.rnd.obs_rms.mean, rtol=0, atol=0)
+
+
+def test_random_numbers_are_fresh_at_every_replay(emulated: list[EmulatedGraph]) -> None:
+    agent = trained(replace(CONFIG, execution="graphs"), 60)
+    agent._epsilons.fill_(1.0)
+    drawn = set()
+    for _ in range(12):
+        agent.choose()
+        drawn.add(tuple(agent._actions.tolist()))
+    assert len(drawn) > 4, "a captured policy that repeats its random numbers"
+
+
+def test_epsilon_goes_on_falling_after_the_capture(emulated: list[EmulatedGraph]) -> None:
+    agent = trained(replace(CONFIG, execution="graphs"), 60)
+    assert agent.global_step > agent.config.agent.epsilon_decay
+    assert agent._epsilons.mean().item() == pytest.approx(agent.epsilon, rel=1e-6)
+
+
+def test_a_loaded_agent_captures_anew(emulated: list[EmulatedGraph]) -> None:
+    agent = trained(replace(CONFIG, execution="graphs"), 60)
+    twin = trained(replace(CONFIG, execution="eager"), 60)
+    state = copy.deepcopy(twin.state_dict(replay=True))  # optimizers would share their tensors
+    agent.load_state_dict(state)
+    before = len(emulated)
+    for _ in range(6):
+        agent.learn()
+    assert len(emulated) == before + 1
+    for _ in range(6):
+        twin.learn()
+    for a, b in zip(agent.q_network.parameters(), twin.q_network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
+    emulated: list[EmulatedGraph], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rnd = replace(CONFIG.rnd, variant="notebook")
+    agent = trained(replace(CONFIG, execution="graphs", rnd=rnd), 60)
+    told = [line for line in capsys.readouterr().err.splitlines() if "CUDA graph" in line]
+    assert len(told) == 1 and "_wonder runs eagerly" in told[0] and "not permitted" in told[0]
+    assert agent.num_updates > 20 and np.isfinite(agent.metrics()["rnd_loss"])
+
+
+def test_the_first_calls_of_a_graph_count(emulated: list[EmulatedGraph]) -> None:
+    total = torch.zeros(())
+    graphed = Graphed(lambda: total.add_(1), torch.Generator(), torch.device("cpu"), print)
+    for calls in range(1, 9):
+        graphed()
+        assert total.item() == calls
+
+
+def test_what_auto_means() -> None:
+    cpu = torch.device("cpu")
+    assert choose_execution("auto", cpu) == "eager" and choose_execution("graphs", cpu) == "graphs"
+    assert choose_execution("auto", torch.device("cuda")) == "graphs"
+    assert choose_precision("fp32", cpu) == "fp32" and choose_precision("bf16", cpu) == "bf16"
+    execution.keep_freed_memory()  # anywhere, any number of times
+    execution.keep_freed_memory()
+
+
+# ------------------------------------------------------------------------- networks: fast against plain
+
+
+def plain_trunk(fast: torch.nn.Sequential) -> torch.nn.Sequential:
+    """The same convolutions as everybody writes them, with the same weights."""
+    first, second, third = (layer for layer in fast if isinstance(layer, torch.nn.Conv2d))
+    made = [
+        torch.nn.Conv2d(first.in_channels, 32, 8, stride=4),
+        torch.nn.Conv2d(32, 64, 4, stride=2),
+        torch.nn.Conv2d(64, 64, 3),
+    ]
+    for mine, theirs in zip(made, (first, second, third), strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    relu = torch.nn.ReLU()
+    return torch.nn.Sequential(made[0], relu, made[1], relu, made[2], relu)
+
+
+def test_space_to_depth_moves_every_pixel_where_it_belongs() -> None:
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32):
+        x = torch.randint(0, 255, (2, 3, 8, 12)).to(dtype)
+        blocks = space_to_depth(x, torch.float32)
+        assert blocks.shape == (2, 48, 2, 3) and blocks.dtype == torch.float32
+        for c, i, j in ((0, 0, 0), (1, 5, 7), (2, 7, 11), (1, 2, 9)):
+            channel = c * 16 + (i % 4) * 4 + j % 4
+            torch.testing.assert_close(blocks[:, channel, i // 4, j // 4], x[:, c, i, j].float())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_first_convolution_is_the_plain_one(channels: int) -> None:
+    torch.manual_seed(0)
+    conv = PixelConv2d(channels, 32)
+    pixels = torch.randint(0, 256, (3, channels, 84, 84), dtype=torch.uint8)
+    expected = F.conv2d(pixels.float() / 255, conv.weight, conv.bias, stride=4)
+    torch.testing.assert_close(conv(pixels), expected, rtol=1e-4, atol=1e-5)
+    floats = torch.randn(3, channels, 84, 84)
+    torch.testing.assert_close(conv(floats), F.conv2d(floats, conv.weight, conv.bias, stride=4), rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(conv(pixels).square().mean(), [conv.weight, conv.bias])
+    plain = F.conv2d(pixels.float() / 255, conv.weight, conv.bias, stride=4)
+    for mine, theirs in zip(grads, torch.autograd.grad(plain.square().mean(), [conv.weight, conv.bias]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_trunk_is_the_plain_one_with_its_features_reordered() -> None:
+    torch.manual_seed(0)
+    fast = conv_trunk(4)
+    pixels = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    expected = plain_trunk(fast)(pixels.float() / 255).permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(fast(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_and_fp32_choose_the_same_actions_and_have_the_same_loss() -> None:
+    torch.manual_seed(0)
+    network = DuelingConvQNetwork(4, 18)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 2  # a new network's values hardly depend on what it sees
+    stacks = torch.randint(0, 256, (512, 4, 84, 84), dtype=torch.uint8)
+    targets, weights, actions = torch.randn(512), torch.ones(512), torch.randint(18, (512,))
+    with torch.no_grad():
+        exact = network(stacks)
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = network(stacks)
+    losses = [returns.td_loss(q, actions, targets, weights)[0].item() for q in (exact, fast)]
+    assert exact.argmax(1).unique().numel() > 3
+    assert (exact.argmax(1) == fast.argmax(1)).float().mean() >= 0.99
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
