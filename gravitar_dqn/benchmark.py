@@ -228,13 +228,7 @@ def training_rows(settings: Settings) -> list[Row]:
         makers["ours, the gravitar preset's targets"] = (peers.Ours, ours())
     makers["bound: the emulator alone"] = (peers.BareEmulator, ours())
     makers["bound: the networks alone"] = (peers.NetworksAlone, ours(plain=True))
-    with peers.workers(makers) as contenders:
-
-        def turn(worker: peers.Worker) -> Callable[[], float]:
-            return lambda: worker.turn(settings.seconds).speed
-
-        turns = {worker.name: turn(worker) for worker in contenders}
-        speeds = alternate(turns, settings.rounds)
+    speeds = take_turns(makers, settings)
     emulator, networks = speeds["bound: the emulator alone"], speeds["bound: the networks alone"]
     speeds["bound: one after the other"] = [
         1 / (1 / one + 1 / other) for one, other in zip(emulator, networks, strict=True)
@@ -252,6 +246,30 @@ def training_rows(settings: Settings) -> list[Row]:
         if row.name.startswith("ours")
     ]
     return rows
+
+
+def learning_rows(settings: Settings) -> list[Row]:
+    """Whole training by the samples learned for each step, as a share of the bare emulator's speed."""
+    emulator = "the emulator alone"
+    makers: dict[str, tuple[Any, ...]] = {
+        emulator: (peers.BareEmulator, peers.our_config(settings.device, settings.num_envs))
+    }
+    for updates in (5, 20):
+        samples = updates * peers.BATCH / peers.STEPS
+        config = peers.our_config(settings.device, settings.num_envs, updates=updates)
+        makers[f"the gravitar preset, {samples:g} samples a step"] = (peers.Ours, config)
+    speeds = take_turns(makers, settings)
+    return rows_of("training against the emulator", "steps/s", speeds, emulator, higher_is_better=True)
+
+
+def take_turns(makers: dict[str, tuple[Any, ...]], settings: Settings) -> dict[str, list[float]]:
+    """Steps per second of every contender, round by round."""
+
+    def turn(worker: peers.Worker) -> Callable[[], float]:
+        return lambda: worker.turn(settings.seconds).speed
+
+    with peers.workers(makers) as contenders:
+        return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds)
 
 
 # ---------------------------------------------------------------------------------------------- telling
@@ -287,6 +305,7 @@ def run(settings: Settings) -> dict[str, Any]:
     rows: list[Row] = []
     sections: dict[str, Callable[[], list[Row]]] = {
         "whole training": lambda: training_rows(settings),
+        "whole training, by samples learned": lambda: [] if settings.quick else learning_rows(settings),
         "networks": lambda: network_rows(settings, device),
         "replay": lambda: replay_rows(settings, device),
     }

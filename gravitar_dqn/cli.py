@@ -215,6 +215,10 @@ def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:
     for name in ("num_envs", "rounds"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be at least 1")
+    if not 0 < settings.seconds < 3600:
+        raise UserError(f"--seconds is {settings.seconds}: it must be above 0 and below 3600")
+    if any(size < 1_000 for size in settings.sizes):
+        raise UserError(f"--sizes is {settings.sizes}: every size must be at least 1000")
     run(settings)
 
 

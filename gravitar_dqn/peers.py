@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import envs as games
 from gravitar_dqn import training
-from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig, UserError
 
 GAME, OLD_GAME = "ALE/Gravitar-v5", "Gravitar-v0"
 BATCH = 128
@@ -53,9 +53,14 @@ class Contender(Protocol):
         """A short stretch of training; gives the agent steps played."""
 
 
-def our_config(device: str, num_envs: int, *, plain: bool = False, curious: bool = True) -> Config:
-    """The `gravitar` preset at 1.4 samples a step; `plain`: the notebook's targets and sampling instead of ours."""
-    agent = DQNConfig(buffer_size=20_000, learning_starts=2_000, train_frequency=STEPS, gradient_steps=UPDATES)
+def our_config(
+    device: str, num_envs: int, *, plain: bool = False, curious: bool = True, updates: int = UPDATES
+) -> Config:
+    """The `gravitar` preset with so many updates every STEPS steps.
+
+    `plain`: the notebook's targets and sampling instead of ours.
+    """
+    agent = DQNConfig(buffer_size=20_000, learning_starts=2_000, train_frequency=STEPS, gradient_steps=updates)
     if plain:
         agent = replace(agent, double_q=False, n_step=1, priority_exponent=0.0, max_grad_norm=0.0)
     # Curiosity from the first gradient steps on, as in any run but the beginning of one.
@@ -71,7 +76,7 @@ class Ours:
         overlap = self._agent.device.type == "cuda"
         self._loop = training.play(envs, self._agent, config.seed, overlap=overlap)
         self._vector_steps = max(STEPS // config.env.num_envs, 1)
-        while self._agent.num_updates < 2 * UPDATES:
+        while self._agent.num_updates < 2 * config.agent.gradient_steps:
             next(self._loop)
 
     def play(self) -> int:
@@ -291,7 +296,7 @@ class Worker:
         theirs.close()
 
     def wait(self) -> None:
-        """Until it is ready; RuntimeError with its complaint when it could not be made."""
+        """Until it is ready; UserError with its complaint when it could not be made."""
         self._receive()
 
     def turn(self, seconds: float) -> Turn:
@@ -303,9 +308,9 @@ class Worker:
         try:
             answer = self._connection.recv()
         except EOFError:
-            raise RuntimeError(f"{self.name} ended unexpectedly") from None
+            raise UserError(f"{self.name} ended unexpectedly") from None
         if isinstance(answer, str):
-            raise RuntimeError(f"{self.name}: {answer}")
+            raise UserError(f"{self.name}: {answer}")
         return answer
 
     def close(self) -> None:

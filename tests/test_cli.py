@@ -404,3 +404,11 @@ def test_a_beginners_mistake_is_told_the_right_way(
     assert train(*words, "--dashboard", "off", "--run-dir", "run") == 2
     assert hint in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_profile_prints_at_the_end_where_the_time_went(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*CARTPOLE, "--total-steps", 200, "--run-dir", "run", "--profile") == 0
+    told = capsys.readouterr().err
+    table = told[told.index("where the time went, 200 steps:") :].splitlines()
+    assert sorted(line.split()[0] for line in table[1:6]) == ["act", "emulate", "learn", "store", "tell"]
+    assert told.splitlines()[-1].startswith("done: 200 steps")

@@ -188,6 +188,23 @@ def test_what_auto_means() -> None:
     execution.keep_freed_memory()
 
 
+def test_learning_while_the_emulator_plays_is_the_same_run() -> None:
+    agents = []
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        config = replace(CONFIG, env=EnvConfig(num_envs=2))
+        envs = games.make_envs(config.env)
+        agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
+        for _ in islice(play(envs, agent, 1, overlap=overlap), 30):
+            pass
+        envs.close()
+        agents.append(agent)
+    one, two = (agent.replay.state_dict() for agent in agents)
+    assert agents[0].num_updates == agents[1].num_updates > 0
+    for name in ("frames", "actions", "rewards", "int_rewards", "weights"):
+        assert torch.equal(one[name], two[name]), name
+
+
 # ------------------------------------------------------------------------- networks: fast against plain
 
 

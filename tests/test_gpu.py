@@ -44,6 +44,54 @@ def test_it_plays_and_learns(precision: str, variant: str) -> None:
     agent.replay.check_valid()
 
 
+def test_act_curiosity_and_updates_are_captured(capsys: pytest.CaptureFixture[str]) -> None:
+    envs, agent = build(CONFIG, "cuda")
+    for _ in islice(play(envs, agent, 1), 60):
+        pass
+    assert "no CUDA graph" not in capsys.readouterr().err
+    for function in (agent.choose, agent.wonder, agent.learn, agent.distill):
+        assert function._graph is not None, function
+    agent._epsilons.fill_(1.0)
+    drawn = set()
+    for _ in range(12):
+        agent.choose()
+        drawn.add(tuple(agent._actions.tolist()))
+    assert len(drawn) > 4, "a captured policy that repeats its random numbers"
+    before = agent.replay.int_rewards.clone(), [p.clone() for p in agent.q_network.parameters()]
+    for _ in range(4):
+        agent.learn()
+        agent.distill()
+    assert (before[0] != agent.replay.int_rewards).any()
+    assert any((old != new).any() for old, new in zip(before[1], agent.q_network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_learn_what_eager_learns(precision: str) -> None:
+    losses = {}
+    for execution in ("eager", "graphs"):
+        envs, agent = build(replace(CONFIG, precision=precision, execution=execution), "cuda")
+        for _ in islice(play(envs, agent, 1), 400):
+            pass
+        agent.metrics()
+        for _ in range(50):
+            agent.learn()
+        losses[execution] = agent.metrics()["td_loss"]
+    # Not the same run: atomics on the GPU add in any order.
+    assert losses["graphs"] == pytest.approx(losses["eager"], rel=0.5)
+
+
+def test_learning_while_the_emulator_plays() -> None:
+    config = replace(CONFIG, env=EnvConfig(num_envs=8))
+    envs = games.make_envs(config.env)
+    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cuda"))
+    for _ in islice(play(envs, agent, 1, overlap=True), 100):
+        pass
+    agent.replay.check_valid()
+    assert agent.num_updates > 50
+    # What lies in the ring is what the emulator showed: frames of one game differ from row to row, none is torn.
+    assert torch.equal(agent.replay.latest_frames(), agent._obs[:, -1])
+
+
 @pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_checkpoints_travel_between_devices(here: str, there: str, tmp_path: Any) -> None:
     envs, agent = build(CONFIG, here)

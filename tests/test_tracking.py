@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from run_helpers import rows
 
+from gravitar_dqn import tracking
 from gravitar_dqn.config import PRESETS, Config
-from gravitar_dqn.tracking import METRICS, Console, CsvLog, Episode, Tracker
+from gravitar_dqn.tracking import METRICS, Console, CsvLog, Episode, Sections, Tracker
 
 COLUMNS = ["global_step", "score"]
 
@@ -299,3 +300,31 @@ def test_resume_keeps_rows_of_a_version_with_fewer_columns(tmp_path: Path) -> No
     path.write_text("global_step,sps\n10,5\n20,6\n")
     CsvLog(path, ["global_step", "new", "sps"], last_step=10)
     assert path.read_text() == "global_step,new,sps\n10,nan,5\n"
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+def test_sections_add_up_the_time_of_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 2.0, 2.0, 5.0, 5.0, 6.0])
+    waited = []
+    sections = Sections(lambda: waited.append(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking.time, "perf_counter", lambda: next(now))
+        for name in ("act", "learn", "act"):
+            with sections(name):
+                pass
+    assert sections.seconds == {"act": 3.0, "learn": 3.0} and len(waited) == 3
+    title, *lines = sections.table(1_000).splitlines()
+    assert title == "where the time went, 1000 steps:"
+    assert [line.split() for line in lines] == [
+        ["act", "3.00", "s", "50.0%", "3000.0", "us", "a", "step"],
+        ["learn", "3.00", "s", "50.0%", "3000.0", "us", "a", "step"],
+    ]
+
+
+def test_a_section_that_fails_is_counted_too() -> None:
+    sections = Sections()
+    with pytest.raises(KeyError), sections("act"):
+        raise KeyError
+    assert sections.seconds["act"] >= 0

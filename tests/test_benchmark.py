@@ -1,0 +1,163 @@
+"""The benchmark measures what it says: ratios, turns, and the same samples for each step for everyone."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gravitar_dqn import benchmark, cli, peers
+from gravitar_dqn.benchmark import Row, Settings, alternate, rows_of, spread, table
+from gravitar_dqn.config import UserError
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert spread([]) == {}
+
+
+def test_ratios_are_taken_round_by_round_and_say_how_many_times_better() -> None:
+    speeds = Row("s", "fast", "steps/s", [10.0, 30.0], [2.0, 3.0], higher_is_better=True)
+    assert speeds.ratios == [5.0, 10.0]
+    times = Row("s", "fast", "ms", [2.0, 5.0], [4.0, 20.0])
+    assert times.ratios == [2.0, 4.0]
+    assert Row("s", "alone", "ms", [1.0]).ratios == []
+    assert speeds.summary() == {
+        "section": "s", "name": "fast", "unit": "steps/s", "median": 20.0, "low": 15.0, "high": 25.0,
+        "ratio_median": 7.5, "ratio_low": 6.25, "ratio_high": 8.75,
+    }  # fmt: skip
+
+
+def test_candidates_take_turns() -> None:
+    order: list[str] = []
+
+    def candidate(name: str) -> Any:
+        return lambda: order.append(name) or float(len(order))  # type: ignore[func-returns-value]
+
+    values = alternate({"a": candidate("a"), "b": candidate("b")}, 3)
+    assert order == ["a", "b"] * 3
+    assert values == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
+
+
+def test_table_names_sections_units_and_ratios() -> None:
+    rows = rows_of("replay", "ms", {"small": [1.0, 1.0], "large": [2.0, 4.0]}, "small")
+    told = table(rows)
+    assert "replay (ms)" in told
+    small, large = told.splitlines()[-2:]
+    assert small.split()[:2] == ["small", "1"] and "x" not in small
+    assert "0.38x (0.31 - 0.44)" in large
+
+
+def test_everyone_learns_1_4_samples_a_step() -> None:
+    assert peers.BATCH * peers.UPDATES / peers.STEPS == 1.4
+    assert pytest.approx(1.4, rel=1e-3) == peers.BATCH * peers.NOTEBOOK_UPDATES / peers.NOTEBOOK_STEPS
+    ours = peers.Ours(peers.our_config("cpu", 16))
+    before, steps = ours._agent.num_updates, 0
+    for _ in range(3):
+        steps += ours.play()
+    learned = peers.BATCH * (ours._agent.num_updates - before)
+    assert learned / steps == pytest.approx(1.4, rel=0.05)
+
+
+def test_the_notebooks_way_plays_and_learns() -> None:
+    notebook = peers.Notebook("cpu")
+    weights = [parameter.clone() for parameter in notebook._q.parameters()]
+    predictor = [parameter.clone() for parameter in notebook._predictor.parameters()]
+    for _ in range(20):
+        notebook._step()
+    notebook._update()
+    assert notebook._stored == 20 and len(notebook._bonuses) == 20
+    assert (notebook._states[1:20] == notebook._next_states[:19]).all()
+    assert any((old != new).any() for old, new in zip(weights, notebook._q.parameters(), strict=True))
+    # its fault: the predictor never learns
+    assert all((old == new).all() for old, new in zip(predictor, notebook._predictor.parameters(), strict=True))
+
+
+def test_stable_baselines_learns_on_the_notebooks_network() -> None:
+    pytest.importorskip("stable_baselines3")
+    peer = peers.StableBaselines("cpu")
+    updates = peer._model._n_updates
+    assert peer.play() == peers.STEPS
+    assert peer._model._n_updates - updates == peers.UPDATES
+    assert isinstance(peer._model.q_net.q_net, peers.DuelingHead)
+
+
+class Counts:
+    """A contender that plays ten steps in a hundredth of a second."""
+
+    def play(self) -> int:
+        time.sleep(0.01)
+        return 10
+
+
+def fails() -> peers.Contender:
+    raise ValueError("no such game")
+
+
+def test_a_worker_plays_when_it_is_its_turn() -> None:
+    with peers.workers({"counts": (Counts,)}) as (worker,):
+        turn = worker.turn(0.05)
+    assert turn.steps % 10 == 0 and 30 <= turn.steps <= 60 and turn.seconds >= 0.05
+    assert turn.speed == turn.steps / turn.seconds
+
+
+def test_a_worker_that_cannot_start_says_why() -> None:
+    with pytest.raises(UserError, match="broken: ValueError: no such game"), peers.workers({"broken": (fails,)}):
+        pass
+
+
+def test_noise_fills_a_buffer_with_whole_games() -> None:
+    buffer = benchmark.ReplayBuffer(500, 8, (84, 84), n_step=3)
+    benchmark.fill(buffer, 700, buffer.put, buffer.begin)
+    assert buffer.full and (buffer.weights > 0).sum() > 300
+    buffer.check_valid()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--rounds", "0"], "--rounds is 0: it must be at least 1"),
+        (["--num-envs", "0"], "--num-envs is 0"),
+        (["--seconds", "-1"], "--seconds is -1.0: it must be above 0"),
+        (["--no-peers", "--json", "nowhere/at/all.json"], "there is no folder nowhere/at"),
+        (["--no-peers", "--device", "cuda:99"], "cuda:99"),
+        (["--what"], "unknown option '--what'"),
+    ],
+)
+def test_bad_arguments_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.bench_command, words, "benchmark.py") == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error and len(error.splitlines()) == 1
+
+
+def test_without_stable_baselines_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    assert cli.run(cli.bench_command, [], "benchmark.py") == 2
+    assert "--no-peers leaves peers out" in capsys.readouterr().err
+
+
+def test_the_record_and_the_table_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks = rows_of("update", "ms", {"fp32": [4.0], "fast": [2.0]}, "fp32")
+    monkeypatch.setattr(benchmark, "network_rows", lambda *_: networks)
+    monkeypatch.setattr(benchmark, "training_rows", lambda *_: [Row("training", "ours", "steps/s", [7.0])])
+    monkeypatch.setattr(benchmark, "replay_rows", lambda *_: [])
+    record = benchmark.run(Settings(device="cpu", peers=False, quick=True, json=tmp_path / "bench.json"))
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(record["rows"]))
+    assert [row["median"] for row in written["rows"]] == [7.0, 4.0, 2.0]
+    assert {"machine", "cores", "commit", "versions", "settings", "samples_per_step"} <= set(written)
+    assert "2.00x" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_parts_and_whole_training_are_measured() -> None:
+    settings = Settings(device="cpu", num_envs=16, rounds=1, seconds=0.5, peers=False, sizes=(1_000,))
+    sections = {row["section"] for row in benchmark.run(settings)["rows"]}
+    assert {"training", "training against the emulator", "acting", "replay"} <= sections
+    assert {"update of the Q network", "update of the predictor", "curiosity of a step"} <= sections
