@@ -1,6 +1,6 @@
 """The DQN agent: act, observe, update, and everything it must remember.
 
-Nothing here reads a number back from the device but `metrics`, at a log tick. (The notebook's curiosity does.)
+Nothing here reads a number back from the device but `metrics`, at a log tick.
 The networks' work is in four functions, `_choose`, `_wonder`, `_learn` and `_distill`, that take and give nothing: they
 work in place on tensors that stay where they are, so that a CUDA graph can hold each of them.
 """
@@ -184,10 +184,7 @@ class DQNAgent:
         done = 0
         while self.clock >= self._next_train:
             for _ in range(settings.gradient_steps):
-                self.learn()
-                self.num_updates += 1
-                if self.rnd is not None and self.num_updates % self.rnd.period == 0:
-                    self.distill()
+                self.gradient_step()
             done += settings.gradient_steps
             self._next_train += settings.train_frequency
         if self.clock >= self._next_sync:
@@ -195,6 +192,13 @@ class DQNAgent:
             self._next_sync = (self.clock // settings.target_network_frequency + 1) * settings.target_network_frequency
             self.messages.append("Matching network values")
         return done
+
+    def gradient_step(self) -> None:
+        """One gradient step of the Q network, and one of the predictor's where it is due."""
+        self.learn()
+        self.num_updates += 1
+        if self.rnd is not None and self.num_updates % self.config.rnd.update_frequency == 0:
+            self.distill()
 
     @profile
     def _learn(self) -> None:
@@ -311,6 +315,9 @@ class DQNAgent:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.rnd_optimizer is not None:
             self.rnd_optimizer.load_state_dict(state["rnd_optimizer"])
+        for optimizer in filter(None, (self.optimizer, self.rnd_optimizer)):
+            for group in optimizer.param_groups:
+                group["capturable"] = self._graphs  # the checkpoint's says how that run was executed
         try:
             self.generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError):  # saved on another kind of device: its random numbers cannot go on here

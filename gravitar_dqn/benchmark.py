@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -17,35 +19,14 @@ import torch
 
 from gravitar_dqn import peers, training
 from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import UserError
+from gravitar_dqn.config import BenchConfig, UserError
 from gravitar_dqn.execution import keep_freed_memory
 from gravitar_dqn.replay import ReplayBuffer, available_bytes, bytes_per_transition
-from gravitar_dqn.tracking import FRAMES_PER_STEP, tell
+from gravitar_dqn.tracking import FRAMES_PER_STEP, tell, warn
 
 FRAME = (84, 84)
 NUM_ACTIONS = 18
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the benchmark is asked for."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    num_envs: int = 128
-    """Games that we play side by side."""
-    rounds: int = 10
-    """Turns that each contender of a comparison gets."""
-    seconds: float = 8.0
-    """Length of a turn of whole training; a contender finishes what it has begun."""
-    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Frames in the replay buffer; those that do not fit are left out."""
-    peers: bool = True
-    """Also the notebook's way and Stable-Baselines3 (extra `bench`)."""
-    quick: bool = False
-    """Everything short, within two minutes."""
-    json: Path | None = None
-    """Write the figures to this file."""
+INSTALL_PEERS = ".venv/bin/pip install -c scripts/constraints.txt -e '.[bench]'"
 
 
 @dataclass(frozen=True)
@@ -124,7 +105,7 @@ def rows_of(
 # ---------------------------------------------------------------------------------------------- sections
 
 
-def make_agent(settings: Settings, device: torch.device, **changes: Any) -> DQNAgent:
+def make_agent(settings: BenchConfig, device: torch.device, **changes: Any) -> DQNAgent:
     """An agent of the benchmark's settings, its replay buffer filled with noise."""
     config = replace(peers.our_config(settings.device, settings.num_envs), **changes)
     torch.manual_seed(config.seed)
@@ -148,7 +129,7 @@ def fill(buffer: ReplayBuffer, transitions: int, put: Callable[..., None], begin
         played = ~ends
 
 
-def network_rows(settings: Settings, device: torch.device) -> list[Row]:
+def network_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
     """Acting, curiosity and one gradient step: as it runs, and eager fp32."""
     agents = {
         "fp32, eager": make_agent(settings, device, precision="fp32", execution="eager"),
@@ -167,7 +148,7 @@ def network_rows(settings: Settings, device: torch.device) -> list[Row]:
     return rows
 
 
-def replay_rows(settings: Settings, device: torch.device) -> list[Row]:
+def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
     """Storing and sampling by the number of frames held, so that growth would show."""
     buffers: dict[int, dict[str, ReplayBuffer]] = {}
     for size in settings.sizes:
@@ -191,9 +172,11 @@ def replay_rows(settings: Settings, device: torch.device) -> list[Row]:
         return lambda: buffer.put(actions, np.zeros(settings.num_envs), no, no, frames, ~no)
 
     def prioritize(buffer: ReplayBuffer) -> Callable[[], object]:
-        batch = buffer.sample(peers.BATCH, generator)
+        positions = torch.nonzero(buffer.weights.view(-1)).squeeze(1)
+        batches = [positions[torch.randint(len(positions), (peers.BATCH,), device=device)] for _ in range(64)]
+        turns = itertools.cycle(batches)
         priorities = torch.rand(peers.BATCH, device=device) + 0.1
-        return lambda: buffer.update_priorities(batch.rows, priorities)
+        return lambda: buffer.update_priorities(next(turns), priorities)
 
     rows: list[Row] = []
     for operation, make, unit in (
@@ -212,43 +195,43 @@ def replay_rows(settings: Settings, device: torch.device) -> list[Row]:
     return rows
 
 
-def training_rows(settings: Settings) -> list[Row]:
-    """Whole training at 1.4 samples a step, and what bounds it: the emulator and the arithmetic, each alone."""
+def training_rows(settings: BenchConfig) -> list[Row]:
+    """Whole training at 1.4 samples a step, against the peers and against our own parts, each alone."""
 
-    def ours(**kind: bool) -> Any:
-        return peers.our_config(settings.device, settings.num_envs, **kind)
+    def ours(**kind: Any) -> tuple[Any, ...]:
+        return (peers.Ours, peers.our_config(settings.device, settings.num_envs, **kind))
 
+    plain = "ours, the notebook's targets"
+    notebook, library = "the notebook's way", "Stable-Baselines3 DQN, no curiosity"
+    emulator, networks, parts = "our parts: the emulator", "our parts: the networks", "our parts, one after the other"
     makers: dict[str, tuple[Any, ...]] = {}
     if settings.peers:
-        makers["the notebook's way"] = (peers.Notebook, settings.device)
-        makers["Stable-Baselines3 DQN, no curiosity"] = (peers.StableBaselines, settings.device)
-    makers["ours, the notebook's targets"] = (peers.Ours, ours(plain=True))
+        makers[notebook] = (peers.Notebook, settings.device)
+        if importlib.util.find_spec("stable_baselines3") is not None:
+            makers[library] = (peers.StableBaselines, settings.device)
+        else:
+            warn(f"Stable-Baselines3 is not installed and left out; {INSTALL_PEERS} brings it")
+    makers[plain] = ours(plain=True)
     if not settings.quick:
-        makers["ours, the same without curiosity"] = (peers.Ours, ours(plain=True, curious=False))
-        makers["ours, the gravitar preset's targets"] = (peers.Ours, ours())
-    makers["bound: the emulator alone"] = (peers.BareEmulator, ours())
-    makers["bound: the networks alone"] = (peers.NetworksAlone, ours(plain=True))
+        makers["ours, the gravitar preset's targets"] = ours()
+        makers["ours, the notebook's targets, no curiosity"] = ours(plain=True, curious=False, max_grad_norm=10.0)
+        makers["the same, eager fp32"] = ours(plain=True, curious=False, max_grad_norm=10.0, fast=False)
+    makers[emulator] = (peers.BareEmulator, ours()[1])
+    makers[networks] = (peers.NetworksAlone, ours(plain=True)[1])
     speeds = take_turns(makers, settings)
-    emulator, networks = speeds["bound: the emulator alone"], speeds["bound: the networks alone"]
-    speeds["bound: one after the other"] = [
-        1 / (1 / one + 1 / other) for one, other in zip(emulator, networks, strict=True)
-    ]
-    if settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available()):
-        speeds["bound: side by side"] = [min(pair) for pair in zip(emulator, networks, strict=True)]
-    unit, plain = "steps/s", "ours, the notebook's targets"
-    if not settings.peers:
-        return rows_of("training", unit, speeds, plain, higher_is_better=True)
-    notebook, library = "the notebook's way", "Stable-Baselines3 DQN, no curiosity"
-    rows = rows_of("training", unit, speeds, notebook, higher_is_better=True)
-    rows += [
-        replace(row, section="against Stable-Baselines3")
-        for row in rows_of("", unit, speeds, library, higher_is_better=True)
-        if row.name.startswith("ours")
-    ]
-    return rows
+    speeds[parts] = [1 / (1 / one + 1 / two) for one, two in zip(speeds[emulator], speeds[networks], strict=True)]
+
+    unit = "steps/s"
+    rows = rows_of("training", unit, speeds, notebook if settings.peers else plain, higher_is_better=True)
+    if library in speeds:
+        mine = {name: values for name, values in speeds.items() if name in (library, plain) or "fp32" in name}
+        mine |= {name: values for name, values in speeds.items() if name.endswith("no curiosity")}
+        rows += rows_of("training, against Stable-Baselines3", unit, mine, library, higher_is_better=True)
+    whole = {name: speeds[name] for name in (parts, plain)}
+    return rows + rows_of("training, as a share of its parts", unit, whole, parts, higher_is_better=True)
 
 
-def learning_rows(settings: Settings) -> list[Row]:
+def learning_rows(settings: BenchConfig) -> list[Row]:
     """Whole training by the samples learned for each step, as a share of the bare emulator's speed."""
     emulator = "the emulator alone"
     makers: dict[str, tuple[Any, ...]] = {
@@ -262,7 +245,7 @@ def learning_rows(settings: Settings) -> list[Row]:
     return rows_of("training against the emulator", "steps/s", speeds, emulator, higher_is_better=True)
 
 
-def take_turns(makers: dict[str, tuple[Any, ...]], settings: Settings) -> dict[str, list[float]]:
+def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dict[str, list[float]]:
     """Steps per second of every contender, round by round."""
 
     def turn(worker: peers.Worker) -> Callable[[], float]:
@@ -291,15 +274,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: BenchConfig) -> dict[str, Any]:
     """Measure everything, print the table, give (and write) the record."""
     if settings.quick:
-        settings = replace(settings, rounds=3, seconds=1.5, sizes=tuple(s for s in settings.sizes if s <= 100_000))
-    if settings.peers:
-        check_peers()
+        sizes = tuple(size for size in settings.sizes if size <= 100_000)
+        settings = replace(settings, rounds=min(settings.rounds, 3), seconds=min(settings.seconds, 1.5), sizes=sizes)
     device = training.choose_device(settings.device)
-    if settings.json is not None and not settings.json.parent.is_dir():
-        raise UserError(f"--json: there is no folder {settings.json.parent}")
+    if settings.json is not None and (settings.json.is_dir() or not settings.json.parent.is_dir()):
+        raise UserError(f"--json: {settings.json} cannot be written: it is a folder, or its folder does not exist")
     keep_freed_memory()
     start = time.perf_counter()
     rows: list[Row] = []
@@ -310,7 +292,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "replay": lambda: replay_rows(settings, device),
     }
     for title, measure in sections.items():
-        tell(f"measuring: {title}")
+        tell(f"measuring: {title} (since {time.perf_counter() - start:.0f} s)")
         rows += measure()
     record = {
         "machine": training.describe_device(device),
@@ -329,13 +311,3 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.json is not None:
         settings.json.write_text(json.dumps(record, indent=1) + "\n")
     return record
-
-
-def check_peers() -> None:
-    """Raise UserError when Stable-Baselines3 is not installed."""
-    try:
-        import stable_baselines3  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "Stable-Baselines3 is not installed: pip install -e '.[bench]' brings it, --no-peers leaves peers out"
-        ) from None

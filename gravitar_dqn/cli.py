@@ -18,7 +18,17 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from gravitar_dqn.config import PRESETS, Config, UserError, differences, get_preset, load_run, validate
+from gravitar_dqn.config import (
+    PRESETS,
+    BenchConfig,
+    Config,
+    UserError,
+    check_bounds,
+    differences,
+    get_preset,
+    load_run,
+    validate,
+)
 
 T = TypeVar("T")
 
@@ -148,7 +158,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
             raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
     from gravitar_dqn.training import train
 
-    train(config, run_dir, resume=saved is not None, profile=arguments.profile)
+    train(config, run_dir, resume=saved is not None, show_sections=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
@@ -209,17 +219,13 @@ def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
 
 def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:
     """`bench [options]`."""
-    from gravitar_dqn.benchmark import Settings, run
+    settings = parse(BenchConfig, argv, prog, "Measure speed: the parts, whole training, and the peers.")
+    check_bounds(settings, "--")
+    if not settings.sizes or min(settings.sizes) < 1_000:
+        raise UserError(f"--sizes is {' '.join(map(str, settings.sizes))}: every size must be at least 1000")
+    from gravitar_dqn.benchmark import run as measure
 
-    settings = parse(Settings, argv, prog, "Measure speed: the parts, whole training, and the peers.")
-    for name in ("num_envs", "rounds"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must be at least 1")
-    if not 0 < settings.seconds < 3600:
-        raise UserError(f"--seconds is {settings.seconds}: it must be above 0 and below 3600")
-    if any(size < 1_000 for size in settings.sizes):
-        raise UserError(f"--sizes is {settings.sizes}: every size must be at least 1000")
-    run(settings)
+    measure(settings)
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {

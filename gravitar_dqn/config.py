@@ -60,8 +60,8 @@ class RNDConfig:
     """`notebook` is the original's bonus with its faults: a predictor that never learns and sees 0..255."""
     learning_rate: float = _bounded(1e-4)
     """Adam's, for the predictor."""
-    update_proportion: float = _bounded(0.25, low=0.01, high=1)
-    """Share of what the Q network learns from: the predictor learns a batch at every (1 / this)th gradient step."""
+    update_frequency: int = _bounded(4, low=1)
+    """Gradient steps of the Q network from one of the predictor's, on a batch of the same size, to the next."""
     gamma: float = _bounded(0.99, high=1)
     """Discount of the intrinsic return whose standard deviation scales the bonus."""
     init_updates: int = _bounded(200)
@@ -152,6 +152,28 @@ class Config:
     """Save the replay buffer in checkpoints too: a resumed run then learns on at once. (free)"""
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """What the benchmark is asked for."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    num_envs: int = _bounded(128, low=1)
+    """Games that we play side by side."""
+    rounds: int = _bounded(10, low=1)
+    """Turns that each contender of a comparison gets."""
+    seconds: float = _bounded(8.0, low=0.01, high=3_600)
+    """Length of a turn of whole training; a contender finishes what it has begun."""
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Frames in the replay buffer; those that do not fit are left out."""
+    peers: bool = True
+    """Also the notebook's way and, where it is installed (extra `bench`), Stable-Baselines3."""
+    quick: bool = False
+    """Everything short, and less of it: within two minutes, instead of about twenty on two cores."""
+    json: Path | None = None
+    """Write the figures to this file."""
+
+
 FREE_FIELDS = frozenset(
     "total_steps total_episodes device precision execution log_seconds dashboard video_every video_dir "
     "checkpoint_minutes checkpoint_replay".split()
@@ -172,7 +194,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         "gravitar-ram": replace(
             GRAVITAR,
             preset="gravitar-ram",
-            env=EnvConfig(obs_type="ram"),
+            env=EnvConfig(obs_type="ram", num_envs=32),
             agent=DQNConfig(batch_size=256, learning_rate=3e-4),
         ),
         "cartpole": replace(
@@ -223,7 +245,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
                 epsilon_decay=960,  # 0.48 at 1/2000 an episode
                 epsilon_ladder=0.0,
             ),
-            rnd=RNDConfig(coef=1 / 500, variant="notebook"),
+            rnd=RNDConfig(coef=1 / 500, variant="notebook", update_frequency=1),
             precision="fp32",
         ),
     }
@@ -242,13 +264,7 @@ def get_preset(name: str) -> Config:
 def validate(config: Config) -> None:
     """Raise UserError for the first setting that cannot work."""
     for prefix, part in (("", config), ("env.", config.env), ("agent.", config.agent), ("rnd.", config.rnd)):
-        for setting in dataclasses.fields(part):
-            if "low" not in setting.metadata:
-                continue
-            value, low, high = getattr(part, setting.name), setting.metadata["low"], setting.metadata["high"]
-            if not (low <= value <= high and math.isfinite(value)):  # a NaN is in no range
-                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
+        check_bounds(part, prefix)
     agent = config.agent
     needed = max(agent.learning_starts, agent.n_step * config.env.num_envs)
     if agent.buffer_size <= needed:
@@ -256,6 +272,17 @@ def validate(config: Config) -> None:
             f"agent.buffer_size is {agent.buffer_size}: learning would never begin, it must be above {needed} "
             "(agent.learning_starts, and agent.n_step steps of every environment)"
         )
+
+
+def check_bounds(settings: Any, prefix: str = "") -> None:
+    """Raise UserError for the first number of a dataclass that is outside its field's bounds."""
+    for setting in dataclasses.fields(settings):
+        if "low" not in setting.metadata:
+            continue
+        value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
+        if not (low <= value <= high and math.isfinite(value)):  # a NaN is in no range
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """How the arithmetic runs: which precision, eager or captured in a CUDA graph, and what the allocator keeps.
 
-Nothing here changes what is computed. `precision="fp32"` with `execution="eager"` always works, and is what the rest
-is tested against.
+`precision="fp32"` with `execution="eager"` always works, and is what the rest is tested against.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +76,8 @@ class Graphed:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         here = torch.cuda.current_stream(self._device)
         stream.wait_stream(here)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable")  # it soon is captured
             self._function()
         here.wait_stream(stream)
 
@@ -84,10 +85,13 @@ class Graphed:
         """Record the kernels; nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
+        here = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 self._function()
         except RuntimeError as error:
+            torch.cuda.set_stream(here)  # a capture that fails at its end leaves its own
             self._failed = True
             name = getattr(self._function, "__name__", "a function")
             self._warn(f"{name} runs eagerly, no CUDA graph could be made of it: {str(error).splitlines()[0]}")

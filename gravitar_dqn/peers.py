@@ -9,8 +9,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import io
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import envs as games
 from gravitar_dqn import training
-from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig, UserError
+from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig, UserError, validate
 
 GAME, OLD_GAME = "ALE/Gravitar-v5", "Gravitar-v0"
 BATCH = 128
@@ -54,61 +56,70 @@ class Contender(Protocol):
 
 
 def our_config(
-    device: str, num_envs: int, *, plain: bool = False, curious: bool = True, updates: int = UPDATES
+    device: str,
+    num_envs: int,
+    *,
+    plain: bool = False,
+    curious: bool = True,
+    updates: int = UPDATES,
+    max_grad_norm: float = 0.0,
+    fast: bool = True,
 ) -> Config:
-    """The `gravitar` preset with so many updates every STEPS steps.
+    """The `gravitar` preset with so many updates every STEPS steps; UserError where that cannot be.
 
-    `plain`: the notebook's targets and sampling instead of ours.
+    `plain`: the notebook's targets and sampling instead of ours, and `max_grad_norm`. `fast` off: eager fp32.
     """
-    agent = DQNConfig(buffer_size=20_000, learning_starts=2_000, train_frequency=STEPS, gradient_steps=updates)
+    size = max(20_000, 16 * num_envs)
+    agent = DQNConfig(buffer_size=size, learning_starts=2_000, train_frequency=STEPS, gradient_steps=updates)
     if plain:
-        agent = replace(agent, double_q=False, n_step=1, priority_exponent=0.0, max_grad_norm=0.0)
+        agent = replace(agent, double_q=False, n_step=1, priority_exponent=0.0, max_grad_norm=max_grad_norm)
     # Curiosity from the first gradient steps on, as in any run but the beginning of one.
     rnd = RNDConfig(init_updates=1) if curious else RNDConfig(coef=0.0)
-    return Config(env=EnvConfig(id=GAME, num_envs=num_envs), agent=agent, rnd=rnd, device=device)
+    config = Config(env=EnvConfig(id=GAME, num_envs=num_envs), agent=agent, rnd=rnd, device=device)
+    if not fast:
+        config = replace(config, precision="fp32", execution="eager")
+    validate(config)
+    return config
 
 
 class Ours:
     """Our loop, without anything that only tells."""
 
     def __init__(self, config: Config) -> None:
-        envs, self._agent = training.build(config)
-        overlap = self._agent.device.type == "cuda"
-        self._loop = training.play(envs, self._agent, config.seed, overlap=overlap)
+        envs, self.agent = training.build(config)
+        overlap = training.can_overlap(envs, self.agent.device)
+        self._loop = training.play(envs, self.agent, config.seed, overlap=overlap)
         self._vector_steps = max(STEPS // config.env.num_envs, 1)
-        while self._agent.num_updates < 2 * config.agent.gradient_steps:
+        while self.agent.num_updates < 2 * config.agent.gradient_steps:
             next(self._loop)
 
     def play(self) -> int:
         """As many steps as one round of updates belongs to, or one step of all environments."""
-        before = self._agent.global_step
+        before = self.agent.global_step
         for _ in islice(self._loop, self._vector_steps):
             pass
-        return self._agent.global_step - before
+        return self.agent.global_step - before
 
 
 class NetworksAlone:
     """All the networks' work of `Ours`, without emulator or storing: what the arithmetic costs."""
 
     def __init__(self, config: Config) -> None:
-        self._ours = Ours(config)
-        self._agent, self._num_envs = self._ours._agent, config.env.num_envs
-        self._debt, self._updates = 0.0, 0
+        self._agent = Ours(config).agent
+        self._debt = 0.0  # gradient steps owed
 
     def play(self) -> int:
-        """The work that belongs to STEPS steps."""
-        vector_steps = max(STEPS // self._num_envs, 1)
+        """The work that belongs to STEPS steps, or to one step of all environments."""
+        settings, num_envs = self._agent.config.agent, self._agent.config.env.num_envs
+        vector_steps = max(STEPS // num_envs, 1)
         for _ in range(vector_steps):
             self._agent.act()
             if self._agent.rnd is not None:
                 self._agent.wonder()
-        steps = vector_steps * self._num_envs
-        self._debt += steps * UPDATES / STEPS
+        steps = vector_steps * num_envs
+        self._debt += steps * settings.gradient_steps / settings.train_frequency
         while self._debt >= 1:
-            self._agent.learn()
-            self._updates += 1
-            if self._agent.rnd is not None and self._updates % self._agent.rnd.period == 0:
-                self._agent.distill()
+            self._agent.gradient_step()
             self._debt -= 1
         return steps
 
@@ -164,14 +175,17 @@ class DuelingHead(nn.Module):
 class Notebook:
     """The original notebook's way: one Gymnasium environment, a batch of one, whole stacks, ten updates an episode.
 
-    Everything in fp32 and eager, with a bonus computed at every step. The replay is short, which does it no harm.
+    Everything in fp32 and eager, with a bonus computed at every step, at the epsilon that most of its run has. The
+    replay is shorter than the original's and the target network is never copied, neither of which costs it speed.
     """
 
-    SIZE = 5_000
+    SIZE, EPSILON = 5_000, 0.02
 
     def __init__(self, device: str) -> None:
         self._device = training.choose_device(device)
-        env = gym.make(OLD_GAME)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium's word on the old id
+            env = gym.make(OLD_GAME)
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=1)
         self._env = gym.wrappers.FrameStackObservation(env, 4, padding_type="reset")
         here = self._device
@@ -205,9 +219,10 @@ class Notebook:
 
     @torch.no_grad()
     def _step(self) -> None:
-        action = int(self._q(self._state[None].float() / 255).argmax())
-        if self._random.random() < 0.5:
+        if self._random.random() < self.EPSILON:
             action = int(self._env.action_space.sample())
+        else:
+            action = int(self._q(self._state[None].float() / 255).argmax())
         obs, reward, terminated, truncated, _ = self._env.step(action)
         next_state = self._seen(obs)
         error = self._rnd_target(next_state[None].float() / 255) - self._predictor(next_state[None].float())
@@ -323,17 +338,16 @@ class Worker:
 
 
 def _serve(connection: Any, make: Callable[..., Contender], arguments: tuple[Any, ...]) -> None:
-    try:
-        contender = make(*arguments)
-        contender.play()  # warm up
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        return
-    connection.send(None)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            seconds = connection.recv()
-            connection.send(_play_for(contender, seconds))
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # what it tells is for somebody who trains
+                contender = make(*arguments)
+                contender.play()  # warm up
+            connection.send(None)
+            while True:
+                connection.send(_play_for(contender, connection.recv()))
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
 
 
 def _play_for(contender: Contender, seconds: float) -> Turn:

@@ -31,6 +31,10 @@ class RunningMeanStd(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in `values` (N, *shape), only those where `mask` (N,) is true if one is given."""
+        with torch.autocast(values.device.type, enabled=False):  # it would do the sums in bfloat16
+            self._update(values, mask)
+
+    def _update(self, values: Tensor, mask: Tensor | None) -> None:
         values = values.float()
         keep = torch.ones(len(values), device=values.device) if mask is None else mask.float()
         count = keep.sum()
@@ -98,11 +102,6 @@ class RND(nn.Module):
         return bonus
 
     @property
-    def period(self) -> int:
-        """Gradient steps of the Q network from one of the predictor's to the next."""
-        return max(round(1 / self.config.update_proportion), 1)
-
-    @property
     def ready(self) -> Tensor:
         """Whether the predictor's errors tell new from known yet: bool scalar, on the device."""
         return self.updates >= self.config.init_updates
@@ -139,28 +138,30 @@ class NotebookRND(nn.Module):
     is stored, by mean and standard deviation of the last 1 000.
     """
 
+    LENGTH = 1_000  # bonuses that the normalization looks back on
+
     history: Tensor
     seen: Tensor
-    period = 1
 
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
         super().__init__()
         self.config = config
         self.target = IntrinsicNetwork(obs_shape, predictor=False)
         self.predictor = IntrinsicNetwork(obs_shape, predictor=True)
-        self.register_buffer("history", torch.zeros(1_000, dtype=torch.float64))
+        # One place more, for the bonuses of steps that were not played: a fixed shape waits for no count.
+        self.register_buffer("history", torch.zeros(self.LENGTH + 1, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def observe(self, obs: Tensor, played: Tensor) -> Tensor:
         """(bonus - mean) / std over the last 1 000 bonuses, these included, clipped to [-5, 5]: (num_envs,)."""
         with torch.no_grad():
             bonus = 0.5 * self._squares(obs).sum(dim=1).double()
-        fresh = bonus[played]  # this is a CPU-GPU sync point: faithful, not fast
-        self.history[(self.seen + torch.arange(len(fresh), device=bonus.device)) % len(self.history)] = fresh
-        self.seen += len(fresh)
-        valid = torch.arange(len(self.history), device=bonus.device) < self.seen
-        mean = masked_mean(self.history, valid.double())
-        std = masked_mean((self.history - mean) ** 2, valid.double()).sqrt()
+        place = (self.seen + played.cumsum(0) - 1) % self.LENGTH
+        self.history[torch.where(played, place, self.LENGTH)] = bonus
+        self.seen += played.sum()
+        recent, valid = self.history[:-1], torch.arange(self.LENGTH, device=bonus.device) < self.seen
+        mean = masked_mean(recent, valid.double())
+        std = masked_mean((recent - mean) ** 2, valid.double()).sqrt()
         return ((bonus - mean) / std.clamp(min=1e-8)).clamp(-5, 5).float()
 
     def learning_rewards(self, bonus: Tensor) -> Tensor:
@@ -168,10 +169,10 @@ class NotebookRND(nn.Module):
         return bonus
 
     def loss(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        """Mean squared error over a random share of the rows, detached as in the original: nothing learns from it."""
+        """Mean squared error over a random quarter of the rows, detached as in the original: nothing learns from it."""
         with torch.no_grad():
             errors = self._squares(obs).mean(dim=1)
-        mask = torch.rand(len(errors), device=errors.device, generator=generator) < self.config.update_proportion
+        mask = torch.rand(len(errors), device=errors.device, generator=generator) < 0.25
         return masked_mean(errors, mask.float()), None
 
     def _squares(self, obs: Tensor) -> Tensor:

@@ -58,7 +58,10 @@ class Agent(TrackedAgent, Protocol):
         """Take in one step of every environment."""
 
     def update(self) -> int:
-        """Learn what is due; gives the number of gradient steps."""
+        """Learn what is due; gives the number of gradient steps.
+
+        Called after `observe`, or, where learning overlaps the emulator's playing, after the `act` that follows it.
+        """
 
 
 @profile
@@ -74,7 +77,8 @@ def play(
         envs: a vector environment of Gymnasium's.
         agent: who plays.
         seed: of the games.
-        overlap: learn while the emulator plays, which takes environments with `send` and `recv`. The run is the same.
+        overlap: learn while the emulator plays, which takes environments with `send` and `recv`. What a step brings is
+            then learned after the next actions were chosen instead of before.
         sections: measures where the time goes.
     """
     timed = sections if sections is not None else Sections()
@@ -90,12 +94,15 @@ def play(
             on_host = actions.cpu().numpy()  # this is a CPU-GPU sync point
         if overlap:
             envs.send(on_host)
-        with timed("learn"):
-            agent.update()
+            with timed("learn"):
+                agent.update()
         with timed("emulate"):
             obs, rewards, terminations, truncations, _ = envs.recv() if overlap else envs.step(on_host)
         with timed("store"):
             agent.observe(actions, rewards, terminations, truncations, obs, played)
+        if not overlap:
+            with timed("learn"):
+                agent.update()
 
         scores += rewards * played
         lengths += played
@@ -108,6 +115,11 @@ def play(
         played = ~ended
         with timed("tell"):
             yield finished
+
+
+def can_overlap(envs: Any, device: torch.device) -> bool:
+    """Whether to learn while the emulator plays. On a CPU they would only take each other's cores."""
+    return device.type == "cuda" and hasattr(envs, "send")
 
 
 class Stop:
@@ -175,6 +187,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): --device cpu works")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and graphs are made on the current one
     return device
 
 
@@ -247,6 +261,8 @@ def lock(run_dir: Path) -> Iterator[None]:
 def build(config: Config) -> tuple[Any, DQNAgent]:
     """The environments and a new agent for them, seeded. Prints the replay buffer's size before it is allocated."""
     device = choose_device(config.device)
+    if config.execution == "graphs" and device.type != "cuda":
+        raise UserError(f"--execution graphs needs a CUDA device, not {device}: --execution auto or eager works")
     keep_freed_memory()
     torch.manual_seed(config.seed)
     envs = games.make_envs(config.env)
@@ -255,10 +271,10 @@ def build(config: Config) -> tuple[Any, DQNAgent]:
     return envs, DQNAgent(config, frame_shape, frame_dtype, games.num_actions_of(envs), device)
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False, profile: bool = False) -> None:
+def train(config: Config, run_dir: Path, *, resume: bool = False, show_sections: bool = False) -> None:
     """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint.
 
-    `profile` prints at the end where the time went.
+    `show_sections` prints at the end where the time went.
     """
     check_dashboard(config.dashboard, run_dir)
     state = checkpoint.load(run_dir) if resume else {}
@@ -290,11 +306,9 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, profile: bool 
             closing.callback(observer.close)
         if not resume:
             checkpointer.save()  # from now on a kill leaves something whole to resume from
-        on_gpu = agent.device.type == "cuda"
-        sections = Sections(torch.cuda.synchronize if profile and on_gpu else None)
+        sections = Sections(torch.cuda.synchronize if show_sections and agent.device.type == "cuda" else None)
         first_step = agent.global_step
-        # On a CPU the networks and the emulator would only take each other's cores.
-        overlap = on_gpu and hasattr(envs, "send")
+        overlap = can_overlap(envs, agent.device)
         for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, sections=sections):
             for observer in observers:
                 observer.step(episodes)
@@ -304,7 +318,7 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, profile: bool 
             raise UserError(
                 f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"
             )
-        if profile:
+        if show_sections:
             farewell.append(sections.table(agent.global_step - first_step))
         if finished(config, agent):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")

@@ -175,15 +175,14 @@ def notebook(**changes: Any) -> Config:
 def test_notebook_trains_ten_steps_at_the_end_of_an_episode_and_syncs_every_hundred() -> None:
     envs, agent = build(notebook(buffer_size=500, learning_starts=30, batch_size=8), probes.DelayedReward)
     syncs: Counter[int] = Counter()
-    updates_before, due = 0, 0
+    updates_before = 0
     for finished in islice(play(envs, agent, 742), 3 * 205):
         if agent.messages:
             syncs[agent.episodes] += len(agent.messages)
             agent.messages.clear()
         grown = agent.num_updates - updates_before
         updates_before = agent.num_updates
-        assert grown == due
-        due = 10 if finished and len(agent.replay) > 30 else 0  # before the next game's first frame is shown
+        assert grown == (10 if finished and len(agent.replay) > 30 else 0)
     assert syncs == {100: 1, 200: 1}
     # epsilon: 0.50 less 1/2000 an episode
     assert agent.episodes == 205
@@ -232,7 +231,7 @@ def test_notebook_stack_repeats_the_first_frame() -> None:
 
 def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
     config = replace(
-        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_proportion=1.0, init_updates=5)
+        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_frequency=1, init_updates=5)
     )
     envs, agent = build(config, probes.DelayedReward)
     loop = play(envs, agent, 1)
@@ -319,7 +318,7 @@ def test_precision_is_chosen_by_the_device_and_can_be_forced(monkeypatch: pytest
 
 
 def test_one_bf16_step_gives_every_parameter_its_gradient() -> None:
-    config = replace(settings(n_step=3, max_grad_norm=0.0), rnd=RNDConfig(coef=0.5, update_proportion=1.0))
+    config = replace(settings(n_step=3, max_grad_norm=0.0), rnd=RNDConfig(coef=0.5, update_frequency=1))
     grads = {}
     for precision in ("fp32", "bf16"):
         envs, agent = build(replace(config, precision="fp32"), probes.Remember)

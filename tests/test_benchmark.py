@@ -1,7 +1,6 @@
 """The benchmark measures what it says: ratios, turns, and the same samples for each step for everyone."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import pytest
 
 from gravitar_dqn import benchmark, cli, peers
-from gravitar_dqn.benchmark import Row, Settings, alternate, rows_of, spread, table
-from gravitar_dqn.config import UserError
+from gravitar_dqn.benchmark import Row, alternate, rows_of, spread, table
+from gravitar_dqn.config import BenchConfig, UserError
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -54,10 +53,10 @@ def test_everyone_learns_1_4_samples_a_step() -> None:
     assert peers.BATCH * peers.UPDATES / peers.STEPS == 1.4
     assert pytest.approx(1.4, rel=1e-3) == peers.BATCH * peers.NOTEBOOK_UPDATES / peers.NOTEBOOK_STEPS
     ours = peers.Ours(peers.our_config("cpu", 16))
-    before, steps = ours._agent.num_updates, 0
+    before, steps = ours.agent.num_updates, 0
     for _ in range(3):
         steps += ours.play()
-    learned = peers.BATCH * (ours._agent.num_updates - before)
+    learned = peers.BATCH * (ours.agent.num_updates - before)
     assert learned / steps == pytest.approx(1.4, rel=0.05)
 
 
@@ -99,7 +98,7 @@ def fails() -> peers.Contender:
 def test_a_worker_plays_when_it_is_its_turn() -> None:
     with peers.workers({"counts": (Counts,)}) as (worker,):
         turn = worker.turn(0.05)
-    assert turn.steps % 10 == 0 and 30 <= turn.steps <= 60 and turn.seconds >= 0.05
+    assert turn.steps % 10 == 0 and 0 < turn.steps <= 60 and turn.seconds >= 0.05
     assert turn.speed == turn.steps / turn.seconds
 
 
@@ -118,11 +117,13 @@ def test_noise_fills_a_buffer_with_whole_games() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--rounds", "0"], "--rounds is 0: it must be at least 1"),
-        (["--num-envs", "0"], "--num-envs is 0"),
-        (["--seconds", "-1"], "--seconds is -1.0: it must be above 0"),
-        (["--no-peers", "--json", "nowhere/at/all.json"], "there is no folder nowhere/at"),
-        (["--no-peers", "--device", "cuda:99"], "cuda:99"),
+        (["--rounds", "0"], "--rounds is 0: it must be finite and at least 1"),
+        (["--num-envs", "0"], "--num_envs is 0"),
+        (["--seconds", "-1"], "--seconds is -1.0: it must be finite and between 0.01 and 3600"),
+        (["--sizes", "10"], "--sizes is 10: every size must be at least 1000"),
+        (["--json", "nowhere/at/all.json"], "nowhere/at/all.json cannot be written"),
+        (["--json", "."], "cannot be written: it is a folder"),
+        (["--device", "cuda:99"], "cuda:99"),
         (["--what"], "unknown option '--what'"),
     ],
 )
@@ -132,12 +133,36 @@ def test_bad_arguments_get_one_line(words: list[str], told: str, capsys: pytest.
     assert told in error and len(error.splitlines()) == 1
 
 
-def test_without_stable_baselines_it_says_what_to_do(
+def test_without_stable_baselines_its_row_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
-    assert cli.run(cli.bench_command, [], "benchmark.py") == 2
-    assert "--no-peers leaves peers out" in capsys.readouterr().err
+    """Also: what the sections make of the speeds."""
+    speeds = {"the notebook's way": 2.0, "our parts: the emulator": 60.0, "our parts: the networks": 30.0}
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        benchmark, "take_turns", lambda makers, settings: {name: [speeds.get(name, 10.0)] for name in makers}
+    )
+    rows = benchmark.training_rows(BenchConfig(device="cpu"))
+    assert "Stable-Baselines3 is not installed and left out; .venv/bin/pip install" in capsys.readouterr().err
+    assert not any("Stable" in row.name + row.section for row in rows)
+    by_name = {(row.section, row.name): row for row in rows}
+    assert by_name["training", "ours, the notebook's targets"].ratios == [5.0]
+    assert by_name["training", "our parts, one after the other"].values == [pytest.approx(20.0)]
+    share = by_name["training, as a share of its parts", "ours, the notebook's targets"]
+    assert share.ratios == [pytest.approx(0.5)]
+
+
+def test_the_networks_and_the_replay_buffer_are_measured() -> None:
+    settings = BenchConfig(device="cpu", num_envs=4, rounds=1, sizes=(1_000,))
+    device = benchmark.torch.device("cpu")
+    networks = benchmark.network_rows(settings, device)
+    assert [row.name for row in networks] == ["fp32, eager", "as it runs"] * 4
+    replay = benchmark.replay_rows(settings, device)
+    assert len(replay) == 5 and all(row.values[0] > 0 for row in networks + replay)
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_starts() -> None:
+    assert peers.our_config("cpu", 8_192).agent.buffer_size > 3 * 8_192
 
 
 def test_the_record_and_the_table_agree(
@@ -147,7 +172,7 @@ def test_the_record_and_the_table_agree(
     monkeypatch.setattr(benchmark, "network_rows", lambda *_: networks)
     monkeypatch.setattr(benchmark, "training_rows", lambda *_: [Row("training", "ours", "steps/s", [7.0])])
     monkeypatch.setattr(benchmark, "replay_rows", lambda *_: [])
-    record = benchmark.run(Settings(device="cpu", peers=False, quick=True, json=tmp_path / "bench.json"))
+    record = benchmark.run(BenchConfig(device="cpu", peers=False, quick=True, json=tmp_path / "bench.json"))
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"] == json.loads(json.dumps(record["rows"]))
     assert [row["median"] for row in written["rows"]] == [7.0, 4.0, 2.0]
@@ -157,7 +182,7 @@ def test_the_record_and_the_table_agree(
 
 @pytest.mark.slow
 def test_the_parts_and_whole_training_are_measured() -> None:
-    settings = Settings(device="cpu", num_envs=16, rounds=1, seconds=0.5, peers=False, sizes=(1_000,))
+    settings = BenchConfig(device="cpu", num_envs=16, rounds=1, seconds=0.5, peers=False, sizes=(1_000,))
     sections = {row["section"] for row in benchmark.run(settings)["rows"]}
     assert {"training", "training against the emulator", "acting", "replay"} <= sections
     assert {"update of the Q network", "update of the predictor", "curiosity of a step"} <= sections

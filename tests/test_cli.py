@@ -56,6 +56,7 @@ MISTAKES = {
     "game of another kind": (["--env.id", "Pendulum-v1"], "Pendulum-v1 has .* an ALE game, or one with a vector"),
     "device": (["cartpole", "--device", "tpu"], "unknown device 'tpu': auto, cpu, cuda or cuda:N"),
     "kind of device": (["cartpole", "--device", "meta"], "device 'meta' is not supported: auto, cpu, cuda or cuda:N"),
+    "graphs on a CPU": (["cartpole", "--device", "cpu", "--execution", "graphs"], "--execution graphs needs a CUDA"),
     "option": (["cartpole", "--sed", "3"], "unknown option '--sed': did you mean --seed?"),
     "nested option": (["cartpole", "--env.num_envz=3"], "unknown option '--env.num_envz=3': did you mean --env.num-en"),
     "option like none": (["cartpole", "--zzzzzzzz"], "unknown option '--zzzzzzzz': train.py --help lists all"),

@@ -104,7 +104,7 @@ def test_the_notebook_preset_has_the_notebooks_numbers() -> None:
         # Curiosity
         "rnd.coef": 1 / 500,
         "rnd.variant": "notebook",
-        "rnd.update_proportion": 0.25,
+        "rnd.update_frequency": 1,
         # What a run shows
         "video_every": 25,
     }

@@ -26,7 +26,7 @@ CONFIG = Config(
     agent=DQNConfig(
         buffer_size=400, learning_starts=30, batch_size=16, train_frequency=4, epsilon_decay=60, learning_rate=1e-3
     ),
-    rnd=RNDConfig(init_updates=2, update_proportion=0.5),
+    rnd=RNDConfig(init_updates=2, update_frequency=2),
     precision="fp32",
 )
 
@@ -63,9 +63,11 @@ class EmulatedGraph:
     def __init__(self) -> None:
         self.recording = Recording()
         self.replays = 0
+        self.generators: list[torch.Generator] = []
 
     def register_generator_state(self, generator: torch.Generator) -> None:
-        pass
+        assert not self.recording.calls, "before the capture"
+        self.generators.append(generator)
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -98,7 +100,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph.recording)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: NoStream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: NoStream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -119,6 +122,7 @@ def test_graphs_give_the_run_that_eager_gives(emulated: list[EmulatedGraph]) -> 
     graphs = trained(replace(CONFIG, execution="graphs"), 60)
     assert len(emulated) == 4, "act, curiosity, and both updates"
     assert all(graph.replays > 5 for graph in emulated)
+    assert all(graph.generators == [graphs.generator] for graph in emulated), "the device would repeat its numbers"
     assert (graphs.global_step, graphs.num_updates) == (eager.global_step, eager.num_updates)
     for a, b in zip(eager.q_network.parameters(), graphs.q_network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -140,10 +144,15 @@ def test_random_numbers_are_fresh_at_every_replay(emulated: list[EmulatedGraph])
     assert len(drawn) > 4, "a captured policy that repeats its random numbers"
 
 
-def test_epsilon_goes_on_falling_after_the_capture(emulated: list[EmulatedGraph]) -> None:
+def test_epsilon_is_not_part_of_the_capture(emulated: list[EmulatedGraph]) -> None:
     agent = trained(replace(CONFIG, execution="graphs"), 60)
-    assert agent.global_step > agent.config.agent.epsilon_decay
     assert agent._epsilons.mean().item() == pytest.approx(agent.epsilon, rel=1e-6)
+    agent._epsilons.fill_(0.0)
+    with torch.no_grad():
+        greedy = agent.q_network(agent._obs).argmax(dim=1)
+    for _ in range(8):
+        agent.choose()
+        assert torch.equal(agent._actions, greedy)
 
 
 def test_a_loaded_agent_captures_anew(emulated: list[EmulatedGraph]) -> None:
@@ -151,6 +160,9 @@ def test_a_loaded_agent_captures_anew(emulated: list[EmulatedGraph]) -> None:
     twin = trained(replace(CONFIG, execution="eager"), 60)
     state = copy.deepcopy(twin.state_dict(replay=True))  # optimizers would share their tensors
     agent.load_state_dict(state)
+    for optimizer in (agent.optimizer, agent.rnd_optimizer):
+        assert optimizer is not None
+        assert all(group["capturable"] for group in optimizer.param_groups), "the saved run was eager"
     before = len(emulated)
     for _ in range(6):
         agent.learn()
@@ -161,14 +173,28 @@ def test_a_loaded_agent_captures_anew(emulated: list[EmulatedGraph]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
-    emulated: list[EmulatedGraph], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("variant", ["rnd", "notebook"])
+def test_both_kinds_of_curiosity_can_be_captured(
+    variant: Any, emulated: list[EmulatedGraph], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rnd = replace(CONFIG.rnd, variant="notebook")
-    agent = trained(replace(CONFIG, execution="graphs", rnd=rnd), 60)
-    told = [line for line in capsys.readouterr().err.splitlines() if "CUDA graph" in line]
-    assert len(told) == 1 and "_wonder runs eagerly" in told[0] and "not permitted" in told[0]
+    agent = trained(replace(CONFIG, execution="graphs", rnd=replace(CONFIG.rnd, variant=variant)), 60)
+    assert "CUDA graph" not in capsys.readouterr().err and len(emulated) == 4
     assert agent.num_updates > 20 and np.isfinite(agent.metrics()["rnd_loss"])
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(emulated: list[EmulatedGraph]) -> None:
+    values, seen, told = torch.zeros(3), [], list[str]()
+
+    def looks_at_the_host() -> None:
+        values.add_(1)
+        seen.append(values.sum().item())
+
+    graphed = Graphed(looks_at_the_host, torch.Generator(), torch.device("cpu"), told.append)
+    for _ in range(8):
+        graphed()
+    assert len(told) == 1
+    assert told[0].startswith("looks_at_the_host runs eagerly") and "not permitted" in told[0]
+    assert len(seen) == 8, "every call looked, the one that the capture refused apart"
 
 
 def test_the_first_calls_of_a_graph_count(emulated: list[EmulatedGraph]) -> None:
@@ -188,21 +214,24 @@ def test_what_auto_means() -> None:
     execution.keep_freed_memory()
 
 
-def test_learning_while_the_emulator_plays_is_the_same_run() -> None:
-    agents = []
-    for overlap in (False, True):
-        torch.manual_seed(0)
-        config = replace(CONFIG, env=EnvConfig(num_envs=2))
-        envs = games.make_envs(config.env)
-        agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
-        for _ in islice(play(envs, agent, 1, overlap=overlap), 30):
-            pass
-        envs.close()
-        agents.append(agent)
-    one, two = (agent.replay.state_dict() for agent in agents)
-    assert agents[0].num_updates == agents[1].num_updates > 0
-    for name in ("frames", "actions", "rewards", "int_rewards", "weights"):
-        assert torch.equal(one[name], two[name]), name
+def test_learning_while_the_emulator_plays() -> None:
+    config = replace(CONFIG, env=EnvConfig(num_envs=2))
+    envs = games.make_envs(config.env)
+    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
+    shown, recv = [], envs.recv
+
+    def watched() -> Any:
+        result = recv()
+        shown.append(result[0].copy())
+        return result
+
+    envs.recv = watched
+    for _ in islice(play(envs, agent, 1, overlap=True), 30):
+        pass
+    envs.close()
+    assert agent.global_step == 60 and agent.num_updates > 5
+    stored = agent.replay.frames[2 : 2 * 31].view(30, 2, 84, 84)  # behind the first frames of the two games
+    assert np.array_equal(stored.numpy(), np.stack(shown).reshape(30, 2, 84, 84))
 
 
 # ------------------------------------------------------------------------- networks: fast against plain
