@@ -71,5 +71,5 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason}){hint}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of the program (format {FORMAT})")
+        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT}; older ones cannot be used)")
     return state
