@@ -36,7 +36,7 @@ gym.register_envs(ale_py)
 
 def make_envs(config: EnvConfig) -> VectorEnv[Any, Any, Any]:
     """`config.num_envs` games side by side; UserError names an unknown game or one the agent cannot play."""
-    spec = _find(config)
+    spec = find_game(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium's word on the old ids
         if is_atari(spec) and config.obs_type == "image" and spec.vector_entry_point is not None:
@@ -86,7 +86,7 @@ def make_recorded_env(
 
     `on_frame` gets every picture in colour, (height, width, 3) uint8; for `ALE/` image games every emulator frame.
     """
-    spec = _find(config)
+    spec = find_game(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         env = SyncVectorEnv([lambda: _make_single(config, spec, on_frame)], autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -98,7 +98,8 @@ def make_recorded_env(
     return env, EMULATOR_FPS / frames
 
 
-def _find(config: EnvConfig) -> EnvSpec:
+def find_game(config: EnvConfig) -> EnvSpec:
+    """Gymnasium's entry for the game; UserError names the nearest one where there is none."""
     try:
         return gym.spec(config.id)
     except gym.error.Error as error:

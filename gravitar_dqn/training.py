@@ -259,12 +259,14 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 def build(config: Config) -> tuple[Any, DQNAgent]:
-    """The environments and a new agent for them, seeded. Prints the replay buffer's size before it is allocated."""
+    """The environments and a new agent for them, seeded. Tells what takes time, and the replay buffer's size."""
     device = choose_device(config.device)
     if config.execution == "graphs" and device.type != "cuda":
         raise UserError(f"--execution graphs needs a CUDA device, not {device}: --execution auto or eager works")
     keep_freed_memory()
     torch.manual_seed(config.seed)
+    games.find_game(config.env)
+    tell(f"starting {config.env.num_envs} games of {config.env.id}")  # many take some seconds
     envs = games.make_envs(config.env)
     frame_shape, frame_dtype = games.frame_of(envs)
     tell(plan_memory(config.agent.buffer_size, config.env.num_envs, frame_shape, frame_dtype, device))

@@ -192,7 +192,7 @@ def test_any_other_file_is_refused(tmp_path: Path, data: bytes) -> None:
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("other", [{"format": 2}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+@pytest.mark.parametrize("other", [{"format": 3}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
 def test_a_torch_file_of_another_program_is_refused(tmp_path: Path, other: object) -> None:
     path = tmp_path / "other.pt"
     torch.save(other, path)
