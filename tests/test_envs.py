@@ -45,7 +45,7 @@ def play(env: Any, steps: int, *, seed: int = 0, action_seed: int = 9) -> Played
 
 def wrapped(config: EnvConfig) -> Any:
     """The game through Gymnasium's own wrappers, one environment after the other."""
-    spec = games._find(config)
+    spec = games.find_game(config)
     make = [lambda: games._make_single(config, spec)] * config.num_envs
     return SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
 
