@@ -280,7 +280,7 @@ def run(settings: BenchConfig) -> dict[str, Any]:
         settings = replace(
             settings,
             num_envs=min(settings.num_envs, 32),  # 128 games take long to start
-            rounds=min(settings.rounds, 3),
+            rounds=min(settings.rounds, 2),
             seconds=min(settings.seconds, 1.5),
             sizes=tuple(size for size in settings.sizes if size <= 100_000),
         )

@@ -169,7 +169,7 @@ class BenchConfig:
     peers: bool = True
     """Also the notebook's way and, where it is installed (extra `bench`), Stable-Baselines3."""
     quick: bool = False
-    """Everything short, and less of it: within two minutes, instead of about twenty on two cores."""
+    """Everything short, and less of it: two minutes instead of about twenty, on two quiet cores."""
     json: Path | None = None
     """Write the figures to this file."""
 

@@ -369,6 +369,5 @@ def workers(makers: dict[str, tuple[Any, ...]]) -> Iterator[list[Worker]]:
         for name, (make, *arguments) in makers.items():
             made.append(Worker(name, make, *arguments))
             closing.callback(made[-1].close)
-        for worker in made:
-            worker.wait()
+            made[-1].wait()  # all at once they would only get in each other's way
         yield made
