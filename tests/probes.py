@@ -3,11 +3,18 @@
 After rejax's idea: constant reward; reward tells the observation; delayed reward; the action matters; both.
 """
 
+from itertools import islice
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from gravitar_dqn import envs as games
+from gravitar_dqn.agent import DQNAgent
+from gravitar_dqn.config import Config
+from gravitar_dqn.training import play
 
 
 class Probe(gym.Env[np.ndarray, int]):
@@ -106,3 +113,24 @@ class Remember(gym.Env[np.ndarray, int]):
 def vector_of(env: type[gym.Env], num_envs: int) -> SyncVectorEnv:
     """`num_envs` copies with NEXT_STEP autoreset."""
     return SyncVectorEnv([env] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def check_overlap(config: Config, device: str, steps: int) -> DQNAgent:
+    """Learn while the emulator plays; assert that exactly the frames it showed are stored, and return the agent."""
+    envs = games.make_envs(config.env)
+    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device(device))
+    shown, recv = [], envs.recv
+
+    def watched() -> Any:
+        result = recv()
+        shown.append(result[0].copy())
+        return result
+
+    envs.recv = watched
+    for _ in islice(play(envs, agent, 1, overlap=True), steps):
+        pass
+    envs.close()
+    num_envs = config.env.num_envs
+    stored = agent.replay.frames[num_envs : num_envs * (steps + 1)]  # behind the first frames of all games
+    assert np.array_equal(stored.cpu().numpy(), np.stack(shown).reshape(num_envs * steps, 84, 84))
+    return agent

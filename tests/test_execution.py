@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gravitar_dqn import envs as games
-from gravitar_dqn import execution, returns
+from gravitar_dqn import execution, peers, returns
 from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig
 from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
@@ -215,40 +215,11 @@ def test_what_auto_means() -> None:
 
 
 def test_learning_while_the_emulator_plays() -> None:
-    config = replace(CONFIG, env=EnvConfig(num_envs=2))
-    envs = games.make_envs(config.env)
-    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
-    shown, recv = [], envs.recv
-
-    def watched() -> Any:
-        result = recv()
-        shown.append(result[0].copy())
-        return result
-
-    envs.recv = watched
-    for _ in islice(play(envs, agent, 1, overlap=True), 30):
-        pass
-    envs.close()
+    agent = probes.check_overlap(replace(CONFIG, env=EnvConfig(num_envs=2)), "cpu", 30)
     assert agent.global_step == 60 and agent.num_updates > 5
-    stored = agent.replay.frames[2 : 2 * 31].view(30, 2, 84, 84)  # behind the first frames of the two games
-    assert np.array_equal(stored.numpy(), np.stack(shown).reshape(30, 2, 84, 84))
 
 
 # ------------------------------------------------------------------------- networks: fast against plain
-
-
-def plain_trunk(fast: torch.nn.Sequential) -> torch.nn.Sequential:
-    """The same convolutions as everybody writes them, with the same weights."""
-    first, second, third = (layer for layer in fast if isinstance(layer, torch.nn.Conv2d))
-    made = [
-        torch.nn.Conv2d(first.in_channels, 32, 8, stride=4),
-        torch.nn.Conv2d(32, 64, 4, stride=2),
-        torch.nn.Conv2d(64, 64, 3),
-    ]
-    for mine, theirs in zip(made, (first, second, third), strict=True):
-        mine.load_state_dict(theirs.state_dict())
-    relu = torch.nn.ReLU()
-    return torch.nn.Sequential(made[0], relu, made[1], relu, made[2], relu)
 
 
 def test_space_to_depth_moves_every_pixel_where_it_belongs() -> None:
@@ -278,9 +249,10 @@ def test_the_first_convolution_is_the_plain_one(channels: int) -> None:
 
 def test_the_trunk_is_the_plain_one_with_its_features_reordered() -> None:
     torch.manual_seed(0)
-    fast = conv_trunk(4)
+    fast, plain = conv_trunk(4), peers.plain_trunk(4)[:-1]
+    plain.load_state_dict(fast.state_dict())
     pixels = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
-    expected = plain_trunk(fast)(pixels.float() / 255).permute(0, 2, 3, 1).flatten(1)
+    expected = plain(pixels.float() / 255).permute(0, 2, 3, 1).flatten(1)
     torch.testing.assert_close(fast(pixels), expected, rtol=1e-4, atol=1e-5)
 
 

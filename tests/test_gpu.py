@@ -85,23 +85,7 @@ def test_graphs_learn_what_eager_learns() -> None:
 
 
 def test_what_the_emulator_shows_while_the_device_learns_is_what_is_stored() -> None:
-    config = replace(CONFIG, env=EnvConfig(num_envs=8))
-    envs = games.make_envs(config.env)
-    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cuda"))
-    shown, recv = [], envs.recv
-
-    def watched() -> Any:
-        result = recv()
-        shown.append(result[0].copy())
-        return result
-
-    envs.recv = watched
-    for _ in islice(play(envs, agent, 1, overlap=True), 60):
-        pass
-    envs.close()
-    assert agent.num_updates > 50
-    stored = agent.replay.frames[8 : 8 * 61].view(60, 8, 84, 84).cpu().numpy()
-    assert np.array_equal(stored, np.stack(shown).reshape(60, 8, 84, 84))
+    assert probes.check_overlap(replace(CONFIG, env=EnvConfig(num_envs=8)), "cuda", 60).num_updates > 50
 
 
 @pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
