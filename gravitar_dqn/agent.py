@@ -8,7 +8,6 @@ work in place on tensors that stay where they are, so that a CUDA graph can hold
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import returns
 from gravitar_dqn.config import Config
-from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
+from gravitar_dqn.execution import choose_execution, choose_precision, prepare, restore_generator
 from gravitar_dqn.networks import make_q_network, stack_size
 from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
 from gravitar_dqn.rnd import make_rnd
@@ -41,6 +40,9 @@ class DQNAgent:
         num_actions: size of the discrete action set.
         device: where networks, replay and all statistics live.
     """
+
+    learns_while_playing = True
+    metric_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -230,14 +232,10 @@ class DQNAgent:
 
     def _capture(self) -> None:
         """Decide how the four functions run; with graphs, capture them anew."""
-
-        def prepare(function: Callable[[], None]) -> Callable[[], None]:
-            if not self._graphs:
-                return function
-            return Graphed(function, self.generator, self.device, warn)
-
-        self.choose, self.wonder = prepare(self._choose), prepare(self._wonder)
-        self.learn, self.distill = prepare(self._learn), prepare(self._distill)
+        functions = (self._choose, self._wonder, self._learn, self._distill)
+        self.choose, self.wonder, self.learn, self.distill = (
+            prepare(function, self._graphs, self.generator, self.device, warn) for function in functions
+        )
 
     def _q_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, TD errors (B,) and mean Q of a batch."""
@@ -318,10 +316,7 @@ class DQNAgent:
         for optimizer in filter(None, (self.optimizer, self.rnd_optimizer)):
             for group in optimizer.param_groups:
                 group["capturable"] = self._graphs  # the checkpoint's says how that run was executed
-        try:
-            self.generator.set_state(state["generator"].cpu())
-        except (RuntimeError, TypeError):  # saved on another kind of device: its random numbers cannot go on here
-            self.generator.manual_seed(self.config.seed + state["clocks"]["global_step"])
+        restore_generator(self.generator, state["generator"], self.config.seed + state["clocks"]["global_step"])
         for name in CLOCKS:
             setattr(self, name, int(state["clocks"][name]))
         self._next_train, self._next_sync = state["next_train"], state["next_sync"]

@@ -20,7 +20,7 @@ import torch
 from gravitar_dqn import peers, training
 from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import BenchConfig, UserError
-from gravitar_dqn.execution import keep_freed_memory
+from gravitar_dqn.execution import choose_device, keep_freed_memory
 from gravitar_dqn.replay import ReplayBuffer, available_bytes, bytes_per_transition
 from gravitar_dqn.tracking import FRAMES_PER_STEP, tell, warn
 
@@ -284,7 +284,7 @@ def run(settings: BenchConfig) -> dict[str, Any]:
             seconds=min(settings.seconds, 1.5),
             sizes=tuple(size for size in settings.sizes if size <= 100_000),
         )
-    device = training.choose_device(settings.device)
+    device = choose_device(settings.device)
     if settings.json is not None and (settings.json.is_dir() or not settings.json.parent.is_dir()):
         raise UserError(f"--json: {settings.json} cannot be written: it is a folder, or its folder does not exist")
     keep_freed_memory()

@@ -112,30 +112,69 @@ class Chart:
     yaxis: Mapping[str, object] | None = None
 
 
-def standard_charts(speed: str, speed_scale: float) -> tuple[Chart, ...]:
-    """The charts of every preset but `notebook`."""
-    to_zero = {"rangemode": "tozero"}
-    log = {"type": "log", "exponentformat": "power"}
-    score = (
+TO_ZERO = {"rangemode": "tozero"}
+LOG = {"type": "log", "exponentformat": "power"}
+SCORE = Chart(
+    "score",
+    "Score",
+    "score",
+    (
         Line("game", "episodic_return", "#9CC9E5", source="episodes"),
         Line("average of 100", "return_mean", BLUE),
         Line("max", "return_max", ORANGE, reduce="max"),
         Line("min", "return_min", GREEN, reduce="min"),
-    )
-    reward = (Line("mean", "int_reward_mean"), Line("max", "int_reward_max", ORANGE, reduce="max"))
+    ),
+)
+INT_REWARD = Chart(
+    "int_reward",
+    "Reward, intrinsic",
+    "bonus (log)",
+    (Line("mean", "int_reward_mean"), Line("max", "int_reward_max", ORANGE, reduce="max")),
+    LOG,
+)
+BUFFER = Chart("buffer", "Replay buffer", "fill (%)", (Line("fill", "buffer_fill", scale=100),), {"range": [0, 105]})
+
+
+def speed_chart(unit: str, scale: float) -> Chart:
+    """Steps played, in `unit`, and samples learned."""
+    rates = (Line(f"{unit} acting", "sps", scale=scale), Line("samples/s learning", "samples_per_second", ORANGE))
+    return Chart("speed", "Speed", "per second", rates, TO_ZERO)
+
+
+def dqn_charts(speed: Chart) -> tuple[Chart, ...]:
+    """The charts of DQN's presets but `notebook`."""
     loss = (Line("TD", "td_loss"), Line("RND predictor", "rnd_loss", ORANGE))
-    rates = (
-        Line(f"{speed} acting", "sps", scale=speed_scale),
-        Line("samples/s learning", "samples_per_second", ORANGE),
-    )
     return (
-        Chart("score", "Score", "score", score),
-        Chart("int_reward", "Reward, intrinsic", "bonus (log)", reward, log),
-        Chart("loss", "Loss", "loss (log)", loss, log),
+        SCORE,
+        INT_REWARD,
+        Chart("loss", "Loss", "loss (log)", loss, LOG),
         Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),)),
-        Chart("epsilon", "Epsilon", "epsilon", (Line("epsilon", "epsilon"),), to_zero),
-        Chart("speed", "Speed", "per second", rates, to_zero),
-        Chart("buffer", "Replay buffer", "fill (%)", (Line("fill", "buffer_fill", scale=100),), {"range": [0, 105]}),
+        Chart("epsilon", "Epsilon", "epsilon", (Line("epsilon", "epsilon"),), TO_ZERO),
+        speed,
+        BUFFER,
+    )
+
+
+def randal_charts(speed: Chart) -> tuple[Chart, ...]:
+    """The charts of RANDAL's presets."""
+    values = (Line("score", "value_loss_ext"), Line("bonus", "value_loss_int", ORANGE))
+    predicted = (Line("RND predictor", "rnd_loss"), Line("reward prediction", "reward_prediction_loss", ORANGE))
+    replayed = (Line("pixel control", "pixel_control_loss"), Line("value replay", "value_replay_loss", ORANGE))
+    explained = (Line("score", "explained_variance_ext"), Line("bonus", "explained_variance_int", ORANGE))
+    change = (Line("KL", "approx_kl"), Line("clipped share", "clip_fraction", ORANGE))
+    return (
+        SCORE,
+        INT_REWARD,
+        Chart("int_return", "Return, intrinsic", "discounted return", (Line("mean", "int_return_mean"),)),
+        Chart("policy_loss", "Policy loss", "loss", (Line("loss", "policy_loss"),)),
+        Chart("value_loss", "Value losses", "loss (log)", values, LOG),
+        Chart("predicted", "Prediction losses", "loss (log)", predicted, LOG),
+        Chart("replayed", "Replayed losses", "loss (log)", replayed, LOG),
+        Chart("entropy", "Entropy", "entropy", (Line("entropy", "entropy"),), TO_ZERO),
+        Chart("change", "Change of the policy", "KL divergence, share", change, TO_ZERO),
+        Chart("explained", "Explained variance", "share", explained, {"range": [-1, 1.05]}),
+        speed,
+        BUFFER,
     )
 
 
@@ -164,7 +203,8 @@ class Board:
     """The charts of one run and what they hold so far."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        environment = str(flatten(settings).get("config.env.id", "ALE/"))
+        flat = flatten(settings)
+        environment = str(flat.get("config.env.id", "ALE/"))
         atari = environment.startswith("ALE/")
         self._notebook = settings.get("preset") == "notebook"
         self._x_scale = 4 if atari else 1  # frames in a step
@@ -173,7 +213,8 @@ class Board:
         if self._notebook:
             self.charts, self.xlabel = NOTEBOOK_CHARTS, "episodes"
         else:
-            self.charts = standard_charts("frames/s" if atari else "steps/s", self._x_scale)
+            charts = randal_charts if "config.agent.num_steps" in flat else dqn_charts
+            self.charts = charts(speed_chart("frames/s" if atari else "steps/s", self._x_scale))
             self.xlabel = "frames" if atari else "environment steps"
         self.traces = {(chart.key, line.name): Trace(line.reduce) for chart in self.charts for line in chart.lines}
 

@@ -21,7 +21,7 @@ import tyro
 from gravitar_dqn.config import (
     PRESETS,
     BenchConfig,
-    Config,
+    RunConfig,
     UserError,
     check_bounds,
     differences,
@@ -37,7 +37,7 @@ T = TypeVar("T")
 class TrainArguments:
     """What `train` takes beside the settings of the run."""
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
     resume: Path | None = None
@@ -76,6 +76,8 @@ class WatchArguments:
     """Seeds the games and the random actions."""
     video_dir: Path = Path("videos")
     """Recordings go to <video_dir>/<run>/."""
+    overlay: bool = False
+    """Show beside the game what the agent makes of it: values of the actions, curiosity, RANDAL's pixel control."""
 
 
 def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
@@ -115,7 +117,7 @@ def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: s
     return f"unknown {kind} {option!r}: " + (f"did you mean {near[0]}?" if near else f"{prog} --help lists all")
 
 
-def run_folder(config: Config) -> Path:
+def run_folder(config: RunConfig) -> Path:
     """runs/<env>__<preset>__<seed>__<time>."""
     name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
     return Path("runs") / name
@@ -167,7 +169,7 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     load_run(arguments.run_dir)
     from gravitar_dqn.evaluation import evaluate, table
-    from gravitar_dqn.training import choose_device
+    from gravitar_dqn.execution import choose_device
 
     result = evaluate(
         arguments.run_dir,
@@ -185,16 +187,19 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     config = load_run(arguments.run_dir)
     from gravitar_dqn import checkpoint
-    from gravitar_dqn.evaluation import load_q_network
+    from gravitar_dqn.evaluation import load_policy, policy_weights, spaces_of
+    from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import VideoError, record_game
 
     state = checkpoint.load(arguments.run_dir)
-    q_network = load_q_network(config, state["agent"]["q_network"])
+    network = load_policy(config, policy_weights(state))
+    look = make_look(config, state["agent"], network, spaces_of(config)[0]) if arguments.overlay else None
     home = arguments.video_dir / arguments.run_dir.resolve().name
     for i in range(arguments.episodes):
-        path = home / f"step_{state['agent']['clocks']['global_step']}_seed_{arguments.seed + i}.mp4"
+        name = f"step_{state['agent']['clocks']['global_step']}_seed_{arguments.seed + i}"
+        path = home / f"{name}{'_overlay' if arguments.overlay else ''}.mp4"
         try:
-            score = record_game(config, q_network, path, epsilon=arguments.epsilon, seed=arguments.seed + i)
+            score = record_game(config, network, path, epsilon=arguments.epsilon, seed=arguments.seed + i, look=look)
         except VideoError as error:
             raise UserError(str(error)) from None
         print(f"{path}: score {score:.0f}")

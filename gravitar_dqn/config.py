@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+Padding = Literal["zero", "repeat"]
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what would do."""
@@ -76,7 +78,7 @@ class DQNConfig:
     """Transitions the replay buffer can sample from."""
     learning_starts: int = _bounded(20_000)
     """Learning begins when more transitions than this are stored."""
-    stack_padding: Literal["zero", "repeat"] = "zero"
+    stack_padding: Padding = "zero"
     """What a stack holds before a game's first frame: zeros, or that frame again."""
     batch_size: int = _bounded(128, low=1)
     """Transitions in a gradient step."""
@@ -119,13 +121,85 @@ class DQNConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """A training run. Settings marked (free) may be changed when a run is resumed; the others may not."""
+class PPOAgentConfig:
+    """Proximal Policy Optimization (Schulman 2017) with an extrinsic and an intrinsic value head (Burda 2018)."""
+
+    num_steps: int = _bounded(128, low=1)
+    """Steps of every environment in a rollout."""
+    update_epochs: int = _bounded(4, low=1)
+    """Passes over a rollout."""
+    num_minibatches: int = _bounded(4, low=1)
+    """Gradient steps in a pass."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Of the policy, and of the predictor."""
+    learning_rate: float = _bounded(1e-4, low=1e-12)
+    """The optimizer's at the start."""
+    learning_rate_end: float = _bounded(1e-4)
+    """After learning_rate_decay steps."""
+    learning_rate_decay: int = _bounded(0)
+    """Agent steps over which the learning rate changes linearly; 0: it stays."""
+    max_grad_norm: float = _bounded(0.5)
+    """Gradients of policy and predictor are clipped to this norm, each; 0 never clips."""
+    gamma: float = _bounded(0.999, high=1)
+    """Discount per step of the score."""
+    gae_lambda: float = _bounded(0.95, high=1)
+    """Generalized advantage estimation's lambda, for both streams of reward."""
+    clip_coef: float = _bounded(0.1)
+    """The policy's ratio is clipped to 1 +- this."""
+    ent_coef: float = _bounded(0.001)
+    """Weight of the policy's entropy."""
+    ext_coef: float = _bounded(2.0)
+    """Weight of the advantages of the score."""
+    clip_rewards: bool = True
+    """Learn the score clipped to [-1, 1] at each step; what is told stays raw."""
+    reward_scale: float = _bounded(1.0, low=-math.inf)
+    """Multiplies that."""
+
+
+@dataclass(frozen=True)
+class PPORNDConfig:
+    """Curiosity beside PPO: the paper's form (Burda 2018), with a value head of its own."""
+
+    coef: float = _bounded(1.0)
+    """Weight of the intrinsic advantages; 0 builds no predictor and no bonus."""
+    gamma: float = _bounded(0.99, high=1)
+    """Discount per step of the bonus, whose returns no game's end cuts."""
+    init_steps: int = _bounded(600)
+    """Random steps of every environment that start the observation statistics; they count as steps."""
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    """UNREAL's auxiliary tasks (Jaderberg 2016), learned from a replay of single frames. Weight 0 builds nothing."""
+
+    pixel_control: float = _bounded(1.0)
+    """Weight of the pixel control loss; image games only."""
+    reward_prediction: float = _bounded(1.0)
+    """Weight of the reward prediction loss."""
+    value_replay: float = _bounded(1.0)
+    """Weight of the value replay loss."""
+    replay_length: int = _bounded(2_000, low=1)
+    """Steps of every environment that the replay keeps."""
+    window: int = _bounded(20, low=1, high=255)
+    """Steps of a sampled window."""
+    num_windows: int = _bounded(8, low=1)
+    """Windows sampled for a gradient step, for each task anew."""
+    reward_batch: int = _bounded(64, low=2)
+    """Observations sampled for a gradient step of reward prediction, half of them before a reward."""
+    pixel_gamma: float = _bounded(0.9, high=1)
+    """Discount per step of pixel control."""
+    scale_pixels: bool = True
+    """Measure pixel changes between the darkest and brightest pixel seen instead of 0 and 255."""
+    returns: Literal["nstep", "gae"] = "nstep"
+    """What value replay learns: the n-step return of a window, or its lambda-return."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run, whatever the agent. Settings marked (free) may be changed at a resume; the others may not."""
 
     preset: Annotated[str, tyro.conf.Suppress] = "gravitar"
     env: EnvConfig = field(default_factory=EnvConfig)
-    agent: DQNConfig = field(default_factory=DQNConfig)
-    rnd: RNDConfig = field(default_factory=RNDConfig)
     seed: int = _bounded(742, high=2**30)  # the emulator's seeds, this plus steps played, have 31 bits
     """Seeds the networks, exploration, sampling and the games."""
     total_steps: int = _bounded(10_000_000, low=1)
@@ -150,6 +224,34 @@ class Config:
     """Minutes from one checkpoint to the next. (free)"""
     checkpoint_replay: bool = False
     """Save the replay buffer in checkpoints too: a resumed run then learns on at once. (free)"""
+
+    @property
+    def stack_padding(self) -> Padding:
+        """What a stack holds before a game's first frame."""
+        return "zero"
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A run of the DQN agent."""
+
+    agent: DQNConfig = field(default_factory=DQNConfig)
+    rnd: RNDConfig = field(default_factory=RNDConfig)
+
+    @property
+    def stack_padding(self) -> Padding:
+        """What a stack holds before a game's first frame."""
+        return self.agent.stack_padding
+
+
+@dataclass(frozen=True)
+class RANDALConfig(RunConfig):
+    """A run of RANDAL: PPO with curiosity and auxiliary tasks."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "randal"
+    agent: PPOAgentConfig = field(default_factory=PPOAgentConfig)
+    rnd: PPORNDConfig = field(default_factory=PPORNDConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
 
 @dataclass(frozen=True)
@@ -180,8 +282,9 @@ FREE_FIELDS = frozenset(
 )
 
 GRAVITAR = Config()
+RANDAL_PRESET = RANDALConfig(env=EnvConfig(num_envs=32))
 
-PRESETS: Mapping[str, Config] = types.MappingProxyType(
+PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
     {
         "gravitar": GRAVITAR,
         "breakout": replace(
@@ -248,11 +351,35 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
             rnd=RNDConfig(coef=1 / 500, variant="notebook", update_frequency=1),
             precision="fp32",
         ),
+        "randal": RANDAL_PRESET,
+        "ppo-rnd": replace(
+            RANDAL_PRESET,
+            preset="ppo-rnd",
+            tasks=TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0),
+        ),
+        "randal-cartpole": replace(
+            RANDAL_PRESET,
+            preset="randal-cartpole",
+            env=EnvConfig(id="CartPole-v1", num_envs=16),
+            agent=PPOAgentConfig(
+                num_steps=5,
+                optimizer="rmsprop",
+                learning_rate=1e-3,
+                learning_rate_end=0.0,
+                learning_rate_decay=500_000,
+                gamma=0.99,
+                ent_coef=0.01,
+            ),
+            rnd=PPORNDConfig(init_steps=250),
+            tasks=TasksConfig(pixel_control=0.0),
+            total_steps=500_000,
+            precision="fp32",
+        ),
     }
 )
 
 
-def get_preset(name: str) -> Config:
+def get_preset(name: str) -> RunConfig:
     """The preset called `name`; UserError names the nearest one otherwise."""
     if name in PRESETS:
         return PRESETS[name]
@@ -261,22 +388,31 @@ def get_preset(name: str) -> Config:
     raise UserError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")
 
 
-def validate(config: Config) -> None:
+def validate(config: RunConfig) -> None:
     """Raise UserError for the first setting that cannot work."""
-    for prefix, part in (("", config), ("env.", config.env), ("agent.", config.agent), ("rnd.", config.rnd)):
-        check_bounds(part, prefix)
-    agent = config.agent
-    needed = max(agent.learning_starts, agent.n_step * config.env.num_envs)
-    if agent.buffer_size <= needed:
-        raise UserError(
-            f"agent.buffer_size is {agent.buffer_size}: learning would never begin, it must be above {needed} "
-            "(agent.learning_starts, and agent.n_step steps of every environment)"
-        )
+    check_bounds(config)
+    if isinstance(config, Config):
+        agent = config.agent
+        needed = max(agent.learning_starts, agent.n_step * config.env.num_envs)
+        if agent.buffer_size <= needed:
+            raise UserError(
+                f"agent.buffer_size is {agent.buffer_size}: learning would never begin, it must be above {needed} "
+                "(agent.learning_starts, and agent.n_step steps of every environment)"
+            )
+    if isinstance(config, RANDALConfig):
+        rows, parts = config.agent.num_steps * config.env.num_envs, config.agent.num_minibatches
+        if rows % parts:
+            raise UserError(
+                f"agent.num_minibatches is {parts}: it must divide the {rows} steps of a rollout "
+                "(agent.num_steps times env.num_envs)"
+            )
 
 
 def check_bounds(settings: Any, prefix: str = "") -> None:
     """Raise UserError for the first number of a dataclass that is outside its field's bounds."""
     for setting in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(inner := getattr(settings, setting.name)):
+            check_bounds(inner, f"{prefix}{setting.name}.")
         if "low" not in setting.metadata:
             continue
         value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
@@ -285,14 +421,16 @@ def check_bounds(settings: Any, prefix: str = "") -> None:
             raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain nested dict, ready for JSON."""
     return dataclasses.asdict(config)
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The configuration that `to_dict` gave; UserError names an unknown, missing or ill-typed setting."""
-    return typing.cast(Config, _build(Config, values, ""))
+    preset = values.get("preset") if isinstance(values, Mapping) else None
+    kind = type(PRESETS.get(str(preset), GRAVITAR))
+    return typing.cast(RunConfig, _build(kind, values, ""))
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
@@ -330,7 +468,7 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """What a resume may not change, as lines `name: old -> new`."""
     after = flatten(to_dict(new))
     return [
@@ -340,7 +478,7 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def load_run(run_dir: Path) -> Config:
+def load_run(run_dir: Path) -> RunConfig:
     """The configuration in a run's folder (`config.json`); UserError when it is no such folder."""
     path = run_dir / "config.json"
     try:

@@ -74,6 +74,12 @@ def num_actions_of(envs: VectorEnv[Any, Any, Any]) -> int:
     return int(envs.single_action_space.n)  # type: ignore[attr-defined]
 
 
+def action_names(envs: SyncVectorEnv) -> list[str]:
+    """What the game calls its actions; their numbers where it has no names."""
+    meanings = getattr(envs.envs[0].unwrapped, "get_action_meanings", None)
+    return list(meanings()) if meanings is not None else [str(i) for i in range(num_actions_of(envs))]
+
+
 def is_atari(spec: EnvSpec) -> bool:
     """Whether the game runs in the Arcade Learning Environment."""
     return spec.entry_point == "ale_py.env:AtariEnv"
@@ -81,7 +87,7 @@ def is_atari(spec: EnvSpec) -> bool:
 
 def make_recorded_env(
     config: EnvConfig, on_frame: Callable[[npt.NDArray[np.uint8]], None]
-) -> tuple[VectorEnv[Any, Any, Any], float]:
+) -> tuple[SyncVectorEnv, float]:
     """One game that the agent sees as in `make_envs`, and the frames a second at which it plays in real speed.
 
     `on_frame` gets every picture in colour, (height, width, 3) uint8; for `ALE/` image games every emulator frame.

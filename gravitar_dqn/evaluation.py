@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 from gravitar_dqn import checkpoint, returns
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import Config, UserError, load_run
+from gravitar_dqn.config import RANDALConfig, RunConfig, UserError, load_run
 from gravitar_dqn.networks import make_q_network, stack_size
+from gravitar_dqn.randal.networks import make_actor_critic
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.tracking import FRAMES_PER_STEP
 
@@ -24,32 +27,39 @@ RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of hu
 
 
 class Policy:
-    """A Q network playing `num_envs` games without learning, epsilon-greedy. The last few frames are its memory."""
+    """A trained network playing `num_envs` games without learning. The last few frames are its memory.
+
+    Every action is random with probability `epsilon`; else the largest Q value's, or drawn from PPO's policy.
+    `on_act` is shown the observations and the actions chosen on them.
+    """
 
     def __init__(
         self,
-        config: Config,
-        q_network: nn.Module,
+        config: RunConfig,
+        network: nn.Module,
         frame: tuple[tuple[int, ...], torch.dtype],
         num_envs: int,
         *,
         epsilon: float,
         seed: int,
+        on_act: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        device = next(q_network.parameters()).device
+        device = next(network.parameters()).device
         shape, dtype = frame
-        self.q_network = q_network
+        self.network = network
+        self._stochastic = isinstance(config, RANDALConfig)
         self.frames = ReplayBuffer(
             num_envs,
             num_envs,
             shape,
             dtype,
             stack=stack_size(shape),
-            padding=config.agent.stack_padding,
+            padding=config.stack_padding,
             device=device,
         )
         self.epsilon = torch.full((num_envs,), epsilon, device=device)
         self.generator = torch.Generator(device).manual_seed(seed)
+        self._on_act = on_act
 
     def begin(self, obs: npt.NDArray[Any]) -> None:
         """Start with the frames of freshly reset environments."""
@@ -58,7 +68,14 @@ class Policy:
     @torch.no_grad()
     def act(self) -> Tensor:
         """Actions (num_envs,) int64 for the newest observations."""
-        return returns.epsilon_greedy(self.q_network(self.frames.latest()), self.epsilon, self.generator)
+        obs = self.frames.latest()
+        scores = self.network(obs)
+        if self._stochastic:
+            scores = returns.sample_scores(scores[0], self.generator)
+        actions = returns.epsilon_greedy(scores, self.epsilon, self.generator)
+        if self._on_act is not None:
+            self._on_act(obs, actions)
+        return actions
 
     def observe(self, actions: Tensor, obs: npt.NDArray[Any], played: npt.NDArray[np.bool_]) -> None:
         """Take in the next frames; `played` is false where they start a game."""
@@ -66,36 +83,55 @@ class Policy:
         self.frames.put(actions, nothing, nothing, nothing, obs, played)
 
 
-def load_q_network(config: Config, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
-    """The Q network with these weights; UserError when they do not fit the game."""
+def policy_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint: the weights of the network that acts."""
+    agent = state["agent"]
+    weights: dict[str, Any] = agent["policy"] if "policy" in agent else agent["q_network"]
+    return weights
+
+
+def spaces_of(config: RunConfig) -> tuple[tuple[int, ...], int]:
+    """Shape of an observation with its stack, and the number of actions, of a run's game."""
     envs = games.make_envs(dataclasses.replace(config.env, num_envs=1))
     shape, _ = games.frame_of(envs)
-    obs_shape = (stack_size(shape), *shape) if stack_size(shape) > 1 else shape
-    q_network = make_q_network(obs_shape, games.num_actions_of(envs)).to(device)
+    num_actions = games.num_actions_of(envs)
     envs.close()
+    return (stack_size(shape), *shape) if stack_size(shape) > 1 else shape, num_actions
+
+
+def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+    """The network that acts, with these weights; UserError when they do not fit the game."""
+    obs_shape, num_actions = spaces_of(config)
+    make = make_actor_critic if isinstance(config, RANDALConfig) else make_q_network
+    network: nn.Module = make(obs_shape, num_actions).to(device)
     try:
-        q_network.load_state_dict(weights)
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights do not fit {config.env.id}: {str(error).splitlines()[-1].strip()}") from None
-    return q_network.eval()
+    return network.eval()
 
 
-def play_games(envs: Any, policy: Policy, episodes: int, seed: int) -> list[float]:
-    """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often."""
+def play_games(envs: Any, policy: Policy, episodes: int, seed: int, max_steps: float = math.inf) -> list[float]:
+    """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often.
+
+    A game that goes on for `max_steps` agent steps counts with the score it has by then.
+    """
     num_envs = envs.num_envs
     quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
     scores: list[list[float]] = [[] for _ in range(num_envs)]
     policy.begin(envs.reset(seed=seed)[0])
-    played, score = np.ones(num_envs, dtype=np.bool_), np.zeros(num_envs)
+    played, score, length = np.ones(num_envs, dtype=np.bool_), np.zeros(num_envs), np.zeros(num_envs)
     while any(len(done) < share for done, share in zip(scores, quota, strict=True)):
         actions = policy.act()
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         policy.observe(actions, obs, played)
         score += rewards * played
-        played = ~((terminations | truncations) & played)
-        for i in np.flatnonzero(~played):
+        length += played
+        ended = (terminations | truncations) & played
+        for i in np.flatnonzero(played & np.where(ended, length <= max_steps, length == max_steps)):
             scores[i].append(float(score[i]))
-            score[i] = 0.0
+        score[ended], length[ended] = 0.0, 0.0
+        played = ~ended
     return [value for done, share in zip(scores, quota, strict=True) for value in done[:share]]
 
 
@@ -114,7 +150,7 @@ def bootstrap_interval(scores: npt.NDArray[np.float64], seed: int, resamples: in
     return float(low), float(high)
 
 
-def summarize(scores: list[float], config: Config, *, epsilon: float, seed: int, global_step: int) -> dict[str, Any]:
+def summarize(scores: list[float], config: RunConfig, *, epsilon: float, seed: int, global_step: int) -> dict[str, Any]:
     """The contents of eval.json."""
     array = np.array(scores)
     gravitar = "gravitar" in config.env.id.lower()
@@ -138,9 +174,9 @@ def evaluate(run_dir: Path, *, episodes: int, epsilon: float, seed: int, device:
     """Play `episodes` games with a run's newest checkpoint; writes and returns eval.json's contents."""
     config = load_run(run_dir)
     state = checkpoint.load(run_dir)
-    q_network = load_q_network(config, state["agent"]["q_network"], device)
+    network = load_policy(config, policy_weights(state), device)
     envs = games.make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
-    policy = Policy(config, q_network, games.frame_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
+    policy = Policy(config, network, games.frame_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
     result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"]["global_step"])

@@ -13,7 +13,26 @@ from typing import Any
 
 import torch
 
+from gravitar_dqn.config import UserError
+
 Warn = Callable[[str], None]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name` (auto, cpu, cuda, cuda:N); UserError when it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): --device cpu works")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and graphs are made on the current one
+    return device
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -97,6 +116,21 @@ class Graphed:
             self._warn(f"{name} runs eagerly, no CUDA graph could be made of it: {str(error).splitlines()[0]}")
         else:
             self._graph = graph
+
+
+def prepare(
+    function: Callable[[], None], graphs: bool, generator: torch.Generator, device: torch.device, warn: Warn
+) -> Callable[[], None]:
+    """The function as it runs: captured in a CUDA graph, or as it is."""
+    return Graphed(function, generator, device, warn) if graphs else function
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor, seed: int) -> None:
+    """Go on with saved random numbers; from `seed` where they were another kind of device's, which cannot go on."""
+    try:
+        generator.set_state(state.cpu())
+    except (RuntimeError, TypeError):
+        generator.manual_seed(seed)
 
 
 def keep_freed_memory() -> None:

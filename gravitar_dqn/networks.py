@@ -1,6 +1,6 @@
 """Networks: uint8 observations go in as they are; dividing by 255 is the network's own business.
 
-`layer_init`, `conv_trunk` and `mlp` are shared by the Q networks and by curiosity.
+`conv_trunk` and `mlp` are shared by the Q networks, by curiosity and by RANDAL.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def channels_last(network: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def orthogonal_init(network: nn.Module) -> None:
-    """Orthogonal weights with gain sqrt(2) and zero biases, in place (Burda 2018)."""
+def orthogonal_init(network: nn.Module, gain: float = math.sqrt(2)) -> None:
+    """Orthogonal weights with this gain and zero biases, in place (Burda 2018)."""
     for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.orthogonal_(module.weight, math.sqrt(2))
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.orthogonal_(module.weight, gain)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

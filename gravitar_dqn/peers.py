@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gravitar_dqn import envs as games
 from gravitar_dqn import training
 from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig, UserError, validate
+from gravitar_dqn.execution import choose_device
 
 GAME, OLD_GAME = "ALE/Gravitar-v5", "Gravitar-v0"
 BATCH = 128
@@ -87,7 +88,7 @@ class Ours:
 
     def __init__(self, config: Config) -> None:
         envs, self.agent = training.build(config)
-        overlap = training.can_overlap(envs, self.agent.device)
+        overlap = training.can_overlap(envs, self.agent)
         self._loop = training.play(envs, self.agent, config.seed, overlap=overlap)
         self._vector_steps = max(STEPS // config.env.num_envs, 1)
         while self.agent.num_updates < 2 * config.agent.gradient_steps:
@@ -105,7 +106,7 @@ class NetworksAlone:
     """All the networks' work of `Ours`, without emulator or storing: what the arithmetic costs."""
 
     def __init__(self, config: Config) -> None:
-        self._agent = Ours(config).agent
+        self._agent: Any = Ours(config).agent
         self._debt = 0.0  # gradient steps owed
 
     def play(self) -> int:
@@ -116,7 +117,7 @@ class NetworksAlone:
             self._agent.act()
             if self._agent.rnd is not None:
                 self._agent.wonder()
-        steps = vector_steps * num_envs
+        steps: int = vector_steps * num_envs
         self._debt += steps * settings.gradient_steps / settings.train_frequency
         while self._debt >= 1:
             self._agent.gradient_step()
@@ -182,7 +183,7 @@ class Notebook:
     SIZE, EPSILON = 5_000, 0.02
 
     def __init__(self, device: str) -> None:
-        self._device = training.choose_device(device)
+        self._device = choose_device(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium's word on the old id
             env = gym.make(OLD_GAME)

@@ -1,7 +1,7 @@
 """Videos of whole games, in colour and at real speed.
 
 `record_game` plays and films one game. `Recorder` has it done by another process, so that training never waits: it
-hands over a copy of the Q network, goes on, and learns later that the film is there.
+hands over a copy of the network that acts, goes on, and learns later that the film is there.
 
 Frames are streamed into ffmpeg as they are drawn. (Gymnasium's `RecordVideo` keeps a game's pictures in memory: at
 every emulator frame of a long game that is gigabytes.)
@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import Config, UserError, from_dict, to_dict
-from gravitar_dqn.evaluation import Policy, load_q_network, play_games
+from gravitar_dqn.config import RunConfig, UserError, from_dict, to_dict
+from gravitar_dqn.evaluation import Policy, load_policy, play_games
+from gravitar_dqn.overlay import Look, Overlay
 from gravitar_dqn.tracking import Console, Episode, TrackedAgent, warn
 
 
@@ -85,12 +86,25 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
             aside.unlink()
 
 
-def record_game(config: Config, q_network: nn.Module, path: Path, *, epsilon: float, seed: int) -> float:
-    """Play one whole game on the CPU, film it to `path`, and return its score. VideoError when it cannot be filmed."""
-    env, fps = games.make_recorded_env(config.env, lambda picture: append(picture))
+def record_game(
+    config: RunConfig, network: nn.Module, path: Path, *, epsilon: float, seed: int, look: Look | None = None
+) -> float:
+    """Play one whole game on the CPU, film it to `path`, and return its score. VideoError when it cannot be filmed.
+
+    With `look`, a panel beside the game shows what the agent makes of it.
+    """
+    overlay: Overlay | None = None
+
+    def show(picture: npt.NDArray[np.uint8]) -> None:
+        append(picture if overlay is None else overlay.beside(picture))
+
+    env, fps = games.make_recorded_env(config.env, show)
     try:
+        if look is not None:
+            overlay = Overlay(look, games.action_names(env))
         with mp4_writer(path, fps) as append:
-            policy = Policy(config, q_network, games.frame_of(env), 1, epsilon=epsilon, seed=seed)
+            on_act = None if overlay is None else overlay.see
+            policy = Policy(config, network, games.frame_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
             return play_games(env, policy, 1, seed)[0]
     except ImportError as error:
         raise VideoError(f"no video: {error}") from None
@@ -109,7 +123,7 @@ class Recorder:
     run goes on without videos.
     """
 
-    def __init__(self, config: Config, home: Path, agent: TrackedAgent, console: Console) -> None:
+    def __init__(self, config: RunConfig, home: Path, agent: TrackedAgent, console: Console) -> None:
         self._config, self._home, self._agent, self._console = config, home, agent, console
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -132,7 +146,7 @@ class Recorder:
             if self._process is None:
                 self._start()
             assert self._scratch is not None and self._process is not None and self._process.stdin is not None
-            weights = Path(self._scratch.name) / "q_network.pt"
+            weights = Path(self._scratch.name) / "policy.pt"
             torch.save(self._agent.policy_state(), weights)
             order = {
                 "config": to_dict(self._config),
@@ -198,9 +212,9 @@ def _film(order: dict[str, Any]) -> dict[str, Any]:
     """Carry out one order of a Recorder."""
     config, home, number = from_dict(order["config"]), Path(order["home"]), order["number"]
     try:
-        q_network = load_q_network(config, torch.load(order["weights"], map_location="cpu", weights_only=True))
+        network = load_policy(config, torch.load(order["weights"], map_location="cpu", weights_only=True))
         path = home / f"episode_{number:06d}.mp4"
-        score = record_game(config, q_network, path, epsilon=order["epsilon"], seed=order["seed"])
+        score = record_game(config, network, path, epsilon=order["epsilon"], seed=order["seed"])
         path.replace(home / f"episode_{number:06d}_score_{score:.0f}.mp4")
     except (VideoError, UserError, OSError) as error:
         return {"error": str(error)}

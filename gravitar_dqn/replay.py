@@ -51,6 +51,18 @@ class Batch:
     probabilities: Tensor  # (B,) float64, of having been sampled
 
 
+@dataclass(frozen=True)
+class Windows:
+    """B sampled windows of n steps. A window ends early at the end of its game; later entries mean nothing."""
+
+    positions: Tensor  # (B, n + 1) int64, flat position in the buffer of every frame from the first to the last
+    steps: Tensor  # (B,) int64, steps in the window
+    inside: Tensor  # (B, n) bool, the step belongs to the window
+    terminated: Tensor  # (B,) bool, the window ends in a termination
+    truncated: Tensor  # (B,) bool, the window ends in a time-out
+    probabilities: Tensor  # (B,) float64, of having been sampled
+
+
 class Upload:
     """Takes arrays of one shape to the device. On CUDA through pinned memory, so that the host does not wait.
 
@@ -130,7 +142,7 @@ class ReplayBuffer:
         self._ages = np.zeros(num_envs, dtype=np.int64)  # of the newest frames
         self._env_index = torch.arange(num_envs, device=self.device)
         self._offsets = torch.arange(stack - 1, -1, -1, device=self.device)
-        self._window = torch.arange(n_step, device=self.device)
+        self._window = torch.arange(n_step + 1, device=self.device)
 
     @property
     def _margin(self) -> int:
@@ -238,12 +250,17 @@ class ReplayBuffer:
 
     def latest(self, out: Tensor | None = None) -> Tensor:
         """The newest observation of every environment, (num_envs, *obs_shape), written to `out` if given."""
-        return self._stacks(self._cursor * self.num_envs + self._env_index, out)
+        return self.stacks(self._cursor * self.num_envs + self._env_index, out)
 
-    def latest_frames(self) -> Tensor:
-        """The newest frame of every environment, (num_envs, *frame_shape), without a copy."""
-        first = self._cursor * self.num_envs
-        return self.frames[first : first + self.num_envs]
+    def rollout(self, num_steps: int) -> Tensor:
+        """Flat positions (num_steps + 1, num_envs) of the last steps' frames and of the newest."""
+        rows = torch.arange(self._cursor - num_steps, self._cursor + 1, device=self.device) % self.num_rows
+        return rows[:, None] * self.num_envs + self._env_index
+
+    @property
+    def sampleable(self) -> bool:
+        """The first window is complete."""
+        return self._written > self.n_step
 
     def last_played(self) -> Tensor:
         """Where the step that `put` stored last was a real one: (num_envs,) bool, on the device."""
@@ -252,27 +269,52 @@ class ReplayBuffer:
     @profile
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
         """Draw `batch_size` windows with replacement, each with probability weight / sum of weights."""
+        windows = self.windows(batch_size, generator)
+        rows = windows.positions[:, 0]
+        steps = windows.steps.unsqueeze(1)
+        return Batch(
+            obs=self.stacks(rows),
+            actions=self.actions.view(-1)[rows].long(),
+            rewards=self.rewards.view(-1)[windows.positions[:, :-1]] * windows.inside,
+            int_rewards=self.int_rewards.view(-1)[windows.positions[:, :-1]] * windows.inside,
+            next_obs=self.stacks(windows.positions.gather(1, steps).squeeze(1)),
+            steps=windows.steps,
+            terminated=windows.terminated,
+            truncated=windows.truncated,
+            rows=rows,
+            last_rows=windows.positions.gather(1, steps - 1).squeeze(1),
+            probabilities=windows.probabilities,
+        )
+
+    def windows(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
+        """Where the windows lie that `sample` draws: positions for `stacks`, and for any column, flattened."""
         rows, probabilities = self._draw(batch_size, generator)
         time, env = torch.div(rows, self.num_envs, rounding_mode="floor"), rows % self.num_envs
-        window = (time[:, None] + self._window) % self.num_rows * self.num_envs + env[:, None]  # (B, n)
-        terminations, truncations = self.terminations.view(-1)[window], self.truncations.view(-1)[window]
+        positions = (time[:, None] + self._window) % self.num_rows * self.num_envs + env[:, None]  # (B, n + 1)
+        terminations = self.terminations.view(-1)[positions[:, :-1]]
+        truncations = self.truncations.view(-1)[positions[:, :-1]]
         steps = window_steps(terminations | truncations)
-        inside = self._window < steps[:, None]
-        last_rows = window.gather(1, steps[:, None] - 1).squeeze(1)
-        next_rows = (last_rows + self.num_envs) % (self.num_rows * self.num_envs)
-        return Batch(
-            obs=self._stacks(rows),
-            actions=self.actions.view(-1)[rows].long(),
-            rewards=self.rewards.view(-1)[window] * inside,
-            int_rewards=self.int_rewards.view(-1)[window] * inside,
-            next_obs=self._stacks(next_rows),
+        inside = self._window[:-1] < steps[:, None]
+        return Windows(
+            positions=positions,
             steps=steps,
+            inside=inside,
             terminated=(terminations & inside).any(dim=1),
             truncated=(truncations & inside).any(dim=1),
-            rows=rows,
-            last_rows=last_rows,
             probabilities=probabilities,
         )
+
+    def choose(
+        self, eligible: Tensor, batch_size: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Flat positions (B,) drawn evenly from the sampleable steps where `eligible` (rows, num_envs) is true.
+
+        Gives also whether there is any, a bool scalar on the device; where there is none, the positions mean nothing.
+        """
+        counts = ((self.weights > 0) & eligible).view(-1).cumsum(0)
+        draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator) * counts[-1]
+        positions = torch.searchsorted(counts, draws.long(), right=True).clamp_(max=counts.numel() - 1)
+        return positions, counts[-1] > 0
 
     def _draw(self, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Flat positions (B,) and their probabilities: prefix sum and search, first over rows, then within one."""
@@ -288,7 +330,7 @@ class ReplayBuffer:
         probabilities = weights.gather(1, env).squeeze(1) / total
         return row * self.num_envs + env.squeeze(1), probabilities
 
-    def _stacks(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    def stacks(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Observations (B, *obs_shape) whose newest frames lie at flat positions `rows` (B,), in `out` if given."""
         if self.stack > 1:
             ages = self.ages.view(-1)[rows].unsqueeze(1).long()
@@ -359,15 +401,23 @@ def available_bytes(device: torch.device) -> int:
 
 
 def plan_memory(
-    capacity: int, num_envs: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    capacity: int,
+    frame_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    setting: str = "--agent.buffer-size",
+    unit: int = 1,
 ) -> str:
-    """A line with the buffer's size, to print before it is allocated; UserError when it would not fit."""
+    """A line with the buffer's size, to print before it is allocated; UserError when it would not fit.
+
+    `setting` is the option that decides it, in units of so many transitions.
+    """
     each, free = bytes_per_transition(frame_shape, dtype), available_bytes(device)
     # A tenth is left for networks and activations.
-    fits = int(free * 0.9) // each
-    if capacity > fits:
+    fits = int(free * 0.9) // each // unit
+    if capacity > fits * unit:
         raise UserError(
             f"a replay buffer of {capacity} transitions needs {capacity * each / 2**30:.1f} GiB, but {device} has "
-            f"{free / 2**30:.1f} GiB free: --agent.buffer-size {fits // 1000 * 1000} would fit"
+            f"{free / 2**30:.1f} GiB free: {setting} {fits} would fit"
         )
     return f"replay buffer: {capacity} transitions of {each} bytes, {capacity * each / 2**30:.2f} GiB on {device}"

@@ -155,7 +155,7 @@ class NotebookRND(nn.Module):
     def observe(self, obs: Tensor, played: Tensor) -> Tensor:
         """(bonus - mean) / std over the last 1 000 bonuses, these included, clipped to [-5, 5]: (num_envs,)."""
         with torch.no_grad():
-            bonus = 0.5 * self._squares(obs).sum(dim=1).double()
+            bonus = self.errors(obs).double()
         place = (self.seen + played.cumsum(0) - 1) % self.LENGTH
         self.history[torch.where(played, place, self.LENGTH)] = bonus
         self.seen += played.sum()
@@ -167,6 +167,10 @@ class NotebookRND(nn.Module):
     def learning_rewards(self, bonus: Tensor) -> Tensor:
         """What was stored, as it was: it goes stale."""
         return bonus
+
+    def errors(self, obs: Tensor) -> Tensor:
+        """Half the sum of squared errors (B,) over the 512 features."""
+        return 0.5 * self._squares(obs).sum(dim=1)
 
     def loss(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
         """Mean squared error over a random quarter of the rows, detached as in the original: nothing learns from it."""

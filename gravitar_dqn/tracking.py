@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from gravitar_dqn.config import Config
+from gravitar_dqn.config import RunConfig
 
 FRAMES_PER_STEP = 4
 METRICS = (
@@ -59,6 +59,7 @@ class TrackedAgent(Protocol):
     num_updates: int
     batch_size: int  # samples in a gradient step
     messages: list[str]  # lines for the console, taken by whoever prints them
+    metric_names: tuple[str, ...]  # of its own `metrics`, beside those in METRICS
 
     @property
     def filling(self) -> int | None:
@@ -183,12 +184,14 @@ class CsvLog:
 class Tracker:
     """Writes a row of `metrics.csv` every `log_seconds` and a row of `episodes.csv` for every game."""
 
-    def __init__(self, run_dir: Path, config: Config, agent: TrackedAgent, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, config: RunConfig, agent: TrackedAgent, state: dict[str, Any] | None = None
+    ) -> None:
         self._config, self._agent = config, agent
-        self._columns = METRICS
+        self._columns = [*METRICS, *agent.metric_names]
         self._returns: deque[float] = deque(state["returns"] if state else (), maxlen=100)
         last_step = agent.global_step if state else None
-        self._metrics = CsvLog(run_dir / "metrics.csv", METRICS, last_step)
+        self._metrics = CsvLog(run_dir / "metrics.csv", self._columns, last_step)
         self._episodes = CsvLog(run_dir / "episodes.csv", EPISODES, last_step)
         self._wall_before = float(state["wall_seconds"]) if state else 0.0
         self._start = self._last = time.monotonic()

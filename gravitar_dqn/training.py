@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -25,9 +25,10 @@ from line_profiler import profile
 from gravitar_dqn import checkpoint
 from gravitar_dqn import envs as games
 from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import Config, UserError, to_dict
+from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError, to_dict
 from gravitar_dqn.dashboard import Dashboard
-from gravitar_dqn.execution import choose_execution, choose_precision, keep_freed_memory
+from gravitar_dqn.execution import choose_device, choose_execution, choose_precision, keep_freed_memory
+from gravitar_dqn.randal.agent import make_randal, replay_steps
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.replay import plan_memory
 from gravitar_dqn.tracking import Console, Episode, Observer, Sections, TrackedAgent, Tracker, tell, warn
@@ -38,7 +39,10 @@ Array = npt.NDArray[Any]
 
 
 class Agent(TrackedAgent, Protocol):
-    """What the loop asks of an agent. Arrays and shapes as in `DQNAgent`."""
+    """What the loop, and a run around it, ask of an agent. Arrays and shapes as in `DQNAgent`."""
+
+    device: torch.device
+    learns_while_playing: bool  # it may learn while the emulator plays, one step behind
 
     def begin(self, obs: Array) -> None:
         """Start with the frames of freshly reset environments."""
@@ -62,6 +66,12 @@ class Agent(TrackedAgent, Protocol):
 
         Called after `observe`, or, where learning overlaps the emulator's playing, after the `act` that follows it.
         """
+
+    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
+        """All that learning depends on; what was stored only where asked for."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave. Then call `begin`."""
 
 
 @profile
@@ -117,9 +127,9 @@ def play(
             yield finished
 
 
-def can_overlap(envs: Any, device: torch.device) -> bool:
+def can_overlap(envs: Any, agent: Agent) -> bool:
     """Whether to learn while the emulator plays. On a CPU they would only take each other's cores."""
-    return device.type == "cuda" and hasattr(envs, "send")
+    return agent.learns_while_playing and agent.device.type == "cuda" and hasattr(envs, "send")
 
 
 class Stop:
@@ -144,7 +154,7 @@ class Stop:
 class Checkpointer:
     """Saves the run every `checkpoint_minutes`. A full disk costs a warning, not the run."""
 
-    def __init__(self, run_dir: Path, config: Config, agent: DQNAgent, tracker: Tracker, console: Console) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, agent: Agent, tracker: Tracker, console: Console) -> None:
         self._run_dir, self._config = run_dir, config
         self._agent, self._tracker, self._console = agent, tracker, console
         self._due = time.monotonic() + 60 * config.checkpoint_minutes
@@ -175,23 +185,6 @@ class Checkpointer:
         """The run saves by itself at its end."""
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name` (auto, cpu, cuda, cuda:N); UserError when it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not here ({torch.cuda.device_count()} CUDA devices): --device cpu works")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, events and graphs are made on the current one
-    return device
-
-
 def describe_device(device: torch.device) -> str:
     """The device's name, for people."""
     if device.type == "cuda":
@@ -203,7 +196,7 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def write_config(run_dir: Path, config: Config, device: torch.device) -> None:
+def write_config(run_dir: Path, config: RunConfig, device: torch.device) -> None:
     """config.json: all settings, and what they ran on."""
     record = {
         "preset": config.preset,
@@ -258,22 +251,34 @@ def lock(run_dir: Path) -> Iterator[None]:
             (run_dir / "lock").unlink(missing_ok=True)
 
 
-def build(config: Config) -> tuple[Any, DQNAgent]:
+def build(config: RunConfig) -> tuple[Any, Agent]:
     """The environments and a new agent for them, seeded. Tells what takes time, and the replay buffer's size."""
     device = choose_device(config.device)
-    if config.execution == "graphs" and device.type != "cuda":
-        raise UserError(f"--execution graphs needs a CUDA device, not {device}: --execution auto or eager works")
+    check_execution(config, device)
     keep_freed_memory()
     torch.manual_seed(config.seed)
     games.find_game(config.env)
     tell(f"starting {config.env.num_envs} games of {config.env.id}")  # many take some seconds
     envs = games.make_envs(config.env)
     frame_shape, frame_dtype = games.frame_of(envs)
-    tell(plan_memory(config.agent.buffer_size, config.env.num_envs, frame_shape, frame_dtype, device))
-    return envs, DQNAgent(config, frame_shape, frame_dtype, games.num_actions_of(envs), device)
+    num_actions = games.num_actions_of(envs)
+    if isinstance(config, RANDALConfig):
+        num_envs = config.env.num_envs
+        capacity = replay_steps(config) * num_envs
+        tell(plan_memory(capacity, frame_shape, frame_dtype, device, "--tasks.replay-length", num_envs))
+        return envs, make_randal(config, frame_shape, frame_dtype, num_actions)
+    assert isinstance(config, Config)
+    tell(plan_memory(config.agent.buffer_size, frame_shape, frame_dtype, device))
+    return envs, DQNAgent(config, frame_shape, frame_dtype, num_actions, device)
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False, show_sections: bool = False) -> None:
+def check_execution(config: RunConfig, device: torch.device) -> None:
+    """Raise UserError for a way to run that the device does not have."""
+    if config.execution == "graphs" and device.type != "cuda":
+        raise UserError(f"--execution graphs needs a CUDA device, not {device}: --execution auto or eager works")
+
+
+def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_sections: bool = False) -> None:
     """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint.
 
     `show_sections` prints at the end where the time went.
@@ -288,6 +293,30 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, show_sections:
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                 "a higher --total-steps or --total-episodes goes on"
             )
+    run(config, run_dir, envs, agent, state, show_sections=show_sections)
+
+
+def run(
+    config: RunConfig,
+    run_dir: Path,
+    envs: Any,
+    agent: Agent,
+    state: dict[str, Any],
+    *,
+    show_sections: bool = False,
+    further: Sequence[Observer] = (),
+) -> None:
+    """Train an agent in environments, as `train` says, and close them.
+
+    Args:
+        config: the run's settings; a resume needs nothing else.
+        run_dir: the run's folder.
+        envs: a vector environment.
+        agent: who plays.
+        state: the checkpoint that it was restored from; empty for a new run.
+        show_sections: print at the end where the time went.
+        further: observers beside the usual ones.
+    """
     farewell: list[str] = []
     with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: tell("\n".join(farewell)) if farewell else None)  # below the progress line
@@ -297,20 +326,21 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, show_sections:
             tracker = Tracker(run_dir, config, agent, state.get("tracker"))
         except OSError as error:
             raise UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}") from None
-        tell(f"{'going on with' if resume else 'run folder:'} {run_dir}, on {describe_device(agent.device)}")
+        tell(f"{'going on with' if state else 'run folder:'} {run_dir}, on {describe_device(agent.device)}")
         video_dir = Path(config.video_dir) / run_dir.name
         if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
             closing.callback(dashboard.close)
         console = Console(agent, state.get("console"))
         checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
-        observers: list[Observer] = [console, tracker, Recorder(config, video_dir, agent, console), checkpointer]
+        recorder = Recorder(config, video_dir, agent, console)
+        observers: list[Observer] = [console, tracker, recorder, checkpointer, *further]
         for observer in observers:
             closing.callback(observer.close)
-        if not resume:
+        if not state:
             checkpointer.save()  # from now on a kill leaves something whole to resume from
         sections = Sections(torch.cuda.synchronize if show_sections and agent.device.type == "cuda" else None)
         first_step = agent.global_step
-        overlap = can_overlap(envs, agent.device)
+        overlap = can_overlap(envs, agent)
         for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, sections=sections):
             for observer in observers:
                 observer.step(episodes)
@@ -329,7 +359,7 @@ def train(config: Config, run_dir: Path, *, resume: bool = False, show_sections:
             farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {command}")
 
 
-def restore(agent: DQNAgent, state: dict[str, Any], run_dir: Path) -> None:
+def restore(agent: Agent, state: dict[str, Any], run_dir: Path) -> None:
     """Put a checkpoint's state into a new agent; UserError when it does not fit."""
     try:
         agent.load_state_dict(state)
@@ -348,7 +378,7 @@ def resume_command(run_dir: Path) -> str:
     return shlex.join([*command, "--resume", str(run_dir)])
 
 
-def finished(config: Config, agent: TrackedAgent) -> bool:
+def finished(config: RunConfig, agent: TrackedAgent) -> bool:
     """Whether the run has reached its end."""
     return agent.global_step >= config.total_steps or 0 < config.total_episodes <= agent.episodes
 

@@ -294,5 +294,5 @@ def test_a_transition_of_an_image_game_takes_at_most_7200_bytes() -> None:
 def test_a_buffer_too_big_for_the_device_says_how_many_would_fit() -> None:
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match=r"needs \d+\.\d GiB, but cpu has .* --agent.buffer-size \d+ would fit"):
-        plan_memory(10**12, 1, (84, 84), torch.uint8, cpu)
-    assert "0.01 GiB" in plan_memory(1_000, 1, (84, 84), torch.uint8, cpu)
+        plan_memory(10**12, (84, 84), torch.uint8, cpu)
+    assert "0.01 GiB" in plan_memory(1_000, (84, 84), torch.uint8, cpu)

@@ -1,0 +1,68 @@
+"""What RANDAL's tests share: small runs, and agents that have played a little."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import probes
+import torch
+
+from gravitar_dqn import envs as games
+from gravitar_dqn.config import EnvConfig, PPOAgentConfig, PPORNDConfig, RANDALConfig, TasksConfig
+from gravitar_dqn.randal.agent import RANDAL, make_randal
+from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.training import play
+
+PPO_RND = TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0)
+VECTOR_TASKS = TasksConfig(pixel_control=0.0, replay_length=200, window=3, num_windows=8, reward_batch=16)
+PICTURE_TASKS = TasksConfig(replay_length=60, window=3, num_windows=4, reward_batch=8)
+
+
+def settings(tasks: TasksConfig = PPO_RND, *, num_envs: int = 8, rnd: float = 0.1, **changes: Any) -> RANDALConfig:
+    """A small, quick learner; `changes` go to its PPOAgentConfig."""
+    agent = PPOAgentConfig(
+        num_steps=16, learning_rate=3e-3, gamma=0.5, clip_coef=0.2, ent_coef=0.001, ext_coef=1.0, clip_rewards=False
+    )
+    return RANDALConfig(
+        env=EnvConfig(num_envs=num_envs),
+        agent=replace(agent, **changes),
+        rnd=PPORNDConfig(coef=rnd, init_steps=5),
+        tasks=tasks,
+        precision="fp32",
+        device="cpu",
+        seed=1,
+    )
+
+
+def build(config: RANDALConfig, probe: type) -> tuple[Any, RANDAL]:
+    """Probe environments and a new agent for them."""
+    torch.manual_seed(config.seed)
+    envs = probes.vector_of(probe, config.env.num_envs)
+    return envs, make_randal(config, *games.frame_of(envs), games.num_actions_of(envs))
+
+
+def learn(config: RANDALConfig, probe: type, steps: int) -> RANDAL:
+    """An agent that has played so many steps of the vector environment."""
+    envs, agent = build(config, probe)
+    for _ in islice(play(envs, agent, config.seed), steps):
+        pass
+    return agent
+
+
+def ring_of(
+    frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ends: np.ndarray | None = None, **options: Any
+) -> ReplayBuffer:
+    """A ring that holds this history: frames (T + 1, B, ...), the rest (T, B). After an end comes a dummy step."""
+    steps, num_envs = rewards.shape
+    dtype = torch.uint8 if frames.dtype == np.uint8 else torch.float32
+    ring = ReplayBuffer(steps * num_envs, num_envs, frames.shape[2:], dtype, **options)
+    ring.begin(frames[0])
+    played, no = np.ones(num_envs, dtype=bool), np.zeros(num_envs, dtype=bool)
+    for t in range(steps):
+        ended = ends[t] & played if ends is not None else no
+        ring.put(torch.from_numpy(actions[t]), rewards[t], ended, no, frames[t + 1], played)
+        played = ~ended
+    return ring
