@@ -245,6 +245,24 @@ def learning_rows(settings: BenchConfig) -> list[Row]:
     return rows_of("training against the emulator", "steps/s", speeds, emulator, higher_is_better=True)
 
 
+def actor_critic_rows(settings: BenchConfig) -> list[Row]:
+    """Whole training of RANDAL, of PPO with curiosity and of plain PPO, against Stable-Baselines3's PPO."""
+
+    def ours(preset: str, **kind: Any) -> tuple[Any, ...]:
+        return (peers.Ours, peers.actor_critic_config(settings.device, preset, **kind))
+
+    plain, library = "ours, PPO without curiosity", "Stable-Baselines3 PPO, no curiosity"
+    makers: dict[str, tuple[Any, ...]] = {}
+    if settings.peers and importlib.util.find_spec("stable_baselines3") is not None:
+        makers[library] = (peers.StablePPO, peers.actor_critic_config(settings.device, "ppo-rnd"))
+    makers[plain] = ours("ppo-rnd", curious=False)
+    makers["ours, ppo-rnd"] = ours("ppo-rnd")
+    makers["ours, randal"] = ours("randal")
+    speeds = take_turns(makers, settings)
+    reference = library if library in speeds else plain
+    return rows_of("actor-critics, 32 games", "steps/s", speeds, reference, higher_is_better=True)
+
+
 def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dict[str, list[float]]:
     """Steps per second of every contender, round by round."""
 
@@ -293,6 +311,7 @@ def run(settings: BenchConfig) -> dict[str, Any]:
     sections: dict[str, Callable[[], list[Row]]] = {
         "whole training": lambda: training_rows(settings),
         "whole training, by samples learned": lambda: [] if settings.quick else learning_rows(settings),
+        "actor-critics": lambda: [] if settings.quick else actor_critic_rows(settings),
         "networks": lambda: network_rows(settings, device),
         "replay": lambda: replay_rows(settings, device),
     }

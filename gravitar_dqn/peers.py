@@ -26,7 +26,18 @@ from torch import Tensor, nn
 
 from gravitar_dqn import envs as games
 from gravitar_dqn import training
-from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig, UserError, validate
+from gravitar_dqn.config import (
+    Config,
+    DQNConfig,
+    EnvConfig,
+    PPORNDConfig,
+    RANDALConfig,
+    RNDConfig,
+    RunConfig,
+    UserError,
+    get_preset,
+    validate,
+)
 from gravitar_dqn.execution import choose_device
 
 GAME, OLD_GAME = "ALE/Gravitar-v5", "Gravitar-v0"
@@ -83,15 +94,27 @@ def our_config(
     return config
 
 
+def actor_critic_config(device: str, preset: str, *, curious: bool = True) -> RANDALConfig:
+    """One of RANDAL's presets, with a short random start; `curious` off is plain PPO."""
+    config = get_preset(preset)
+    assert isinstance(config, RANDALConfig)
+    rnd = PPORNDConfig(init_steps=30) if curious else PPORNDConfig(coef=0.0)
+    return replace(config, rnd=rnd, device=device)
+
+
 class Ours:
     """Our loop, without anything that only tells."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         envs, self.agent = training.build(config)
         overlap = training.can_overlap(envs, self.agent)
         self._loop = training.play(envs, self.agent, config.seed, overlap=overlap)
-        self._vector_steps = max(STEPS // config.env.num_envs, 1)
-        while self.agent.num_updates < 2 * config.agent.gradient_steps:
+        if isinstance(config, RANDALConfig):
+            self._vector_steps, updates = config.agent.num_steps, 1
+        else:
+            assert isinstance(config, Config)
+            self._vector_steps, updates = max(STEPS // config.env.num_envs, 1), 2 * config.agent.gradient_steps
+        while self.agent.num_updates < updates:
             next(self._loop)
 
     def play(self) -> int:
@@ -256,6 +279,49 @@ class Notebook:
 # ---------------------------------------------------------------------------------------------- Stable-Baselines3
 
 
+def their_envs(num_envs: int) -> Any:
+    """Stable-Baselines3's own vector environment, as its users make one."""
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    def preprocessed(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+        return gym.wrappers.AtariPreprocessing(env, frame_skip=4, grayscale_newaxis=True)
+
+    envs = make_vec_env(GAME, num_envs, seed=742, env_kwargs={"frameskip": 1}, wrapper_class=preprocessed)
+    return VecFrameStack(envs, 4)
+
+
+class StablePPO:
+    """Stable-Baselines3's PPO: its Nature network, and our settings of games, rollout, epochs and minibatches."""
+
+    def __init__(self, config: RANDALConfig) -> None:
+        from stable_baselines3 import PPO
+
+        settings = config.agent
+        self._rollout = settings.num_steps * config.env.num_envs
+        self._model = PPO(
+            "CnnPolicy",
+            their_envs(config.env.num_envs),
+            learning_rate=settings.learning_rate,
+            n_steps=settings.num_steps,
+            batch_size=self._rollout // settings.num_minibatches,
+            n_epochs=settings.update_epochs,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+            clip_range=settings.clip_coef,
+            ent_coef=settings.ent_coef,
+            max_grad_norm=settings.max_grad_norm,
+            device=config.device,
+            seed=742,
+        )
+
+    def play(self) -> int:
+        """A rollout and what is learned from it."""
+        before = self._model.num_timesteps
+        self._model.learn(self._rollout, reset_num_timesteps=False)
+        return int(self._model.num_timesteps - before)
+
+
 class StableBaselines:
     """Stable-Baselines3's DQN, with its own vector environment and replay buffer, on the same network and batch."""
 
@@ -263,17 +329,11 @@ class StableBaselines:
 
     def __init__(self, device: str) -> None:
         from stable_baselines3 import DQN
-        from stable_baselines3.common.env_util import make_vec_env
-        from stable_baselines3.common.vec_env import VecFrameStack
 
-        def preprocessed(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-            return gym.wrappers.AtariPreprocessing(env, frame_skip=4, grayscale_newaxis=True)
-
-        envs = make_vec_env(GAME, self.NUM_ENVS, seed=742, env_kwargs={"frameskip": 1}, wrapper_class=preprocessed)
         make: Any = DQN  # its own annotations do not allow for other layers inside
         self._model = make(
             "CnnPolicy",
-            VecFrameStack(envs, 4),
+            their_envs(self.NUM_ENVS),
             buffer_size=5_000,
             learning_starts=STEPS,
             batch_size=BATCH,

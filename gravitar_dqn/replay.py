@@ -415,6 +415,7 @@ def plan_memory(
     each, free = bytes_per_transition(frame_shape, dtype), available_bytes(device)
     # A tenth is left for networks and activations.
     fits = int(free * 0.9) // each // unit
+    fits -= fits % 1000 if fits > 1000 else 0
     if capacity > fits * unit:
         raise UserError(
             f"a replay buffer of {capacity} transitions needs {capacity * each / 2**30:.1f} GiB, but {device} has "

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--device cpu --precision fp32 --dashboard off --video-every 0".split()
 SMALL = "--agent.learning-starts 50 --agent.buffer-size 2000 --agent.batch-size 32".split()
 CARTPOLE = ["cartpole", *SMALL, "--env.num-envs", "1", *QUIET]
+RANDAL_SMALL = "--agent.num-steps 8 --rnd.init-steps 10 --tasks.replay-length 100 --tasks.num-windows 2".split()
+RANDAL_CARTPOLE = ["randal-cartpole", *RANDAL_SMALL, "--env.num-envs", "1", *QUIET]
+RANDAL = ["randal", *RANDAL_SMALL, "--env.num-envs", "2", "--agent.update-epochs", "1", *QUIET]
 GRAVITAR = ["gravitar", *SMALL, "--agent.batch-size", "8", "--env.num-envs", "2", *QUIET]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ def test_stable_baselines_learns_on_the_notebooks_network() -> None:
     assert isinstance(peer._model.q_net.q_net, peers.DuelingHead)
 
 
+def test_stable_baselines_ppo_learns_from_rollouts_of_our_size() -> None:
+    pytest.importorskip("stable_baselines3")
+    config = peers.actor_critic_config("cpu", "ppo-rnd")
+    config = replace(config, env=replace(config.env, num_envs=2), agent=replace(config.agent, num_steps=8))
+    peer = peers.StablePPO(config)
+    assert peer.play() == 16
+    assert (peer._model.batch_size, peer._model._n_updates) == (4, 4)
+
+
+def test_our_actor_critics_take_turns_of_a_rollout() -> None:
+    config = peers.actor_critic_config("cpu", "randal")
+    tasks = replace(config.tasks, replay_length=100, num_windows=2)
+    agent = replace(config.agent, num_steps=8, update_epochs=1)
+    ours = peers.Ours(replace(config, env=replace(config.env, num_envs=2), agent=agent, tasks=tasks))
+    before = ours.agent.num_updates
+    assert ours.play() == 16 and ours.agent.num_updates == before + 4
+    assert peers.actor_critic_config("cpu", "ppo-rnd", curious=False).rnd.coef == 0
+
+
 class Counts:
     """A contender that plays ten steps in a hundredth of a second."""
 
@@ -150,6 +170,18 @@ def test_without_stable_baselines_its_row_is_left_out(
     assert by_name["training", "our parts, one after the other"].values == [pytest.approx(20.0)]
     share = by_name["training, as a share of its parts", "ours, the notebook's targets"]
     assert share.ratios == [pytest.approx(0.5)]
+
+
+def test_actor_critics_are_measured_against_plain_ppo_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {"ours, PPO without curiosity": 40.0, "ours, ppo-rnd": 20.0, "ours, randal": 10.0}
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark, "take_turns", lambda makers, settings: {name: [speeds[name]] for name in makers})
+    rows = benchmark.actor_critic_rows(BenchConfig(device="cpu"))
+    assert {row.name: row.ratios for row in rows} == {
+        "ours, PPO without curiosity": [],
+        "ours, ppo-rnd": [0.5],
+        "ours, randal": [0.25],
+    }
 
 
 def test_the_networks_and_the_replay_buffer_are_measured() -> None:

@@ -245,7 +245,7 @@ def test_an_evaluation_on_a_device_that_does_not_exist_is_refused(
 def test_a_resume_refuses_changed_settings_and_tells_them(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run_dir)
     said = refusal(capsys, train("--resume", run_dir, "--agent.gamma", 0.9, "--seed", 3, "--total-steps", 99))
-    changes = "agent.gamma: 0.99 -> 0.9; seed: 742 -> 3"
+    changes = "seed: 742 -> 3; agent.gamma: 0.99 -> 0.9"
     assert said == f"{run_dir} was started with other settings, it cannot go on: {changes}"
     said = refusal(capsys, train("breakout", f"--resume={run_dir}"))
     assert "preset: cartpole -> breakout" in said

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import typing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from gravitar_dqn.config import (
     FREE_FIELDS,
     PRESETS,
     Config,
+    PPOAgentConfig,
+    RANDALConfig,
+    TasksConfig,
     UserError,
     differences,
     flatten,
@@ -56,7 +60,9 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
 
 
 def test_the_presets_are_those_of_the_issue() -> None:
-    assert set(PRESETS) >= {"notebook", "gravitar", "breakout", "gravitar-ram", "cartpole"}
+    dqn = {"notebook", "gravitar", "breakout", "gravitar-ram", "cartpole"}
+    assert set(PRESETS) == dqn | {"randal", "ppo-rnd", "randal-cartpole"}
+    assert {name for name, preset in PRESETS.items() if isinstance(preset, Config)} == dqn
     assert PRESETS["gravitar"] == Config()
 
 
@@ -204,7 +210,7 @@ def test_differences_are_told_except_of_free_settings() -> None:
 
 def test_free_settings_are_those_that_say_so() -> None:
     tree = ast.parse(Path(module.__file__).read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunConfig")
     documented = {
         setting.target.id
         for setting, text in pairwise(body)
@@ -237,3 +243,31 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text: str | None, ex
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=expected):
         load_run(tmp_path)
+
+
+# ---------------------------------------------------------------- RANDAL
+
+
+def test_randal_and_ppo_rnd_differ_in_the_tasks_alone() -> None:
+    assert {line.split(":")[0] for line in differences(PRESETS["randal"], PRESETS["ppo-rnd"])} == {
+        "preset",
+        "tasks.pixel_control",
+        "tasks.reward_prediction",
+        "tasks.value_replay",
+    }
+    published = PRESETS["randal"]
+    assert isinstance(published, RANDALConfig)
+    agent = published.agent
+    assert (published.env.num_envs, agent.num_steps, agent.update_epochs, agent.num_minibatches) == (32, 128, 4, 4)
+    assert (agent.optimizer, agent.learning_rate, agent.learning_rate_end) == ("adam", 1e-4, 1e-4)
+    assert (agent.gamma, agent.gae_lambda, agent.clip_coef, agent.ent_coef) == (0.999, 0.95, 0.1, 0.001)
+    assert (agent.ext_coef, published.rnd.coef, published.rnd.gamma, agent.max_grad_norm) == (2.0, 1.0, 0.99, 0.5)
+    assert agent.clip_rewards and published.env.sticky_actions == 0.25 and published.tasks.replay_length == 2000
+
+
+def test_a_rollout_must_fall_into_minibatches() -> None:
+    config = replace(PRESETS["randal"], agent=PPOAgentConfig(num_steps=5, num_minibatches=3))
+    with pytest.raises(UserError, match=r"agent.num_minibatches is 3: it must divide the 160 steps"):
+        validate(config)
+    with pytest.raises(UserError, match=r"tasks.window is 0"):
+        validate(replace(PRESETS["randal"], tasks=TasksConfig(window=0)))

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, pretend_prepared, wait_until, write_run
 
-from gravitar_dqn import charts, dashboard
+from gravitar_dqn import RANDAL, charts, dashboard
 from gravitar_dqn.charts import Board, Reduce, Trace
+from gravitar_dqn.config import PRESETS, to_dict
 from gravitar_dqn.dashboard import CsvTail, Dashboard, environment_name
 from gravitar_dqn.visdom_files import DashboardError
 
@@ -181,6 +182,16 @@ def test_notebook_marks_average_max_and_min_every_hundred_episodes() -> None:
     assert scores["max"] == ([0, 100, 200], [0, 100, 200])
     assert scores["min"] == ([0, 100, 200], [0, 1, 101])
     assert lines_of(board, "rnd_loss")["loss"] == ([200], [0.5])
+
+
+@pytest.mark.parametrize("preset", ["randal", "ppo-rnd", "randal-cartpole"])
+def test_randal_has_windows_of_its_own(preset: str) -> None:
+    board = Board({"preset": preset, "config": to_dict(PRESETS[preset])})
+    columns = {line.column for chart in board.charts for line in chart.lines if line.source == "metrics"}
+    assert set(RANDAL.metric_names) - columns == {"learning_rate"} and not columns & {"td_loss", "q_mean", "epsilon"}
+    board.add("metrics", {"global_step": 10, "approx_kl": 0.01, "clip_fraction": 0.2, "policy_loss": -0.5})
+    assert lines_of(board, "change")["clipped share"][1] == [0.2]
+    assert lines_of(board, "policy_loss")["loss"][1] == [-0.5]
 
 
 def test_panes_are_strict_json_whatever_the_cells_hold() -> None:

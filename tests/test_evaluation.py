@@ -16,7 +16,7 @@ from gravitar_dqn.evaluation import (
     Policy,
     bootstrap_interval,
     interquartile_mean,
-    load_q_network,
+    load_policy,
     play_games,
     summarize,
     table,
@@ -156,7 +156,7 @@ def test_other_games_have_no_human_normalized_score(preset: str) -> None:
 def test_weights_of_another_game_are_refused() -> None:
     weights = QNetwork(4, 3).state_dict()
     with pytest.raises(UserError, match=r"^the weights do not fit CartPole-v1: .*layers.6"):
-        load_q_network(PRESETS["cartpole"], weights)
+        load_policy(PRESETS["cartpole"], weights)
 
 
 def test_evaluating_a_run_writes_eval_json_and_prints_a_table(

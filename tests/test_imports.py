@@ -9,12 +9,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"config", "returns", "networks", "execution", "visdom_files"},
-    {"replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
-    {"agent", "evaluation", "dashboard"},
+    {"config", "returns", "networks", "visdom_files"},
+    {"execution", "replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server", "randal.networks"},
+    {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
+    {"randal.agent", "overlay"},
     {"recording"},
     {"training"},
-    {"peers"},
+    {"randal.trainer", "peers"},
     {"benchmark"},
     {"cli"},
 ]
@@ -30,11 +31,16 @@ def imports(path: Path) -> set[str]:
             base = PACKAGE.name if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    inside = {name.split(".")[1] for name in names if name.startswith(f"{PACKAGE.name}.")}
-    return inside & {other.stem for other in PACKAGE.glob("*.py")}
+    inside = {name.removeprefix(f"{PACKAGE.name}.") for name in names if name.startswith(f"{PACKAGE.name}.")}
+    return inside & set(MODULES)
 
 
-GRAPH = {path.stem: imports(path) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
+GRAPH = {name: imports(path) for name, path in MODULES.items()}
 
 
 def test_the_graph_is_the_packages() -> None:

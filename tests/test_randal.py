@@ -149,12 +149,13 @@ def test_probe_time_out_bootstraps(tasks: TasksConfig) -> None:
 
 @pytest.mark.parametrize("tasks", [PPO_RND, PICTURE_TASKS], ids=["ppo-rnd", "randal"])
 def test_probe_remember_needs_the_stack(tasks: TasksConfig) -> None:
-    config = settings(tasks, num_envs=8, num_steps=16, learning_rate=5e-4, gamma=0.9, ent_coef=0.01)
+    changes: dict[str, Any] = {"num_steps": 12, "num_minibatches": 2, "learning_rate": 5e-4, "gamma": 0.9}
+    config = settings(tasks, num_envs=16, ent_coef=0.01, **changes)
     envs, agent = build(config, probes.Remember)
     stacks = torch.full((2, 4, 84, 84), 128, dtype=torch.uint8)
     stacks[:, 0] = 0  # before the game
     stacks[0, 1], stacks[1, 1] = 255, 60
-    for _ in islice(play(envs, agent, 1), 5 + 16 * 24):
+    for _ in islice(play(envs, agent, 1), 5 + 12 * 15):
         pass
     with torch.no_grad():
         bright, dark = agent.policy(stacks)[0].softmax(dim=1)[:, 1].tolist()

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, GRAVITAR, check_episodes, rows, script, train
+from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, rows, script, train
 from tqdm import tqdm
 
-from gravitar_dqn import checkpoint, training
+from gravitar_dqn import checkpoint, cli, evaluation, training
 from gravitar_dqn.config import load_run
 
 FOR_EVER = ["--total-steps", 10**9]
@@ -202,7 +202,16 @@ def test_learning_goes_on_at_once_only_with_the_buffer(tmp_path: Path, option: s
 # ---------------------------------------------------------------- repeated
 
 
-@pytest.mark.parametrize(("words", "steps"), [(CARTPOLE, 600), ([*GRAVITAR, "--env.max-frames", "1200"], 640)])
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (CARTPOLE, 600),
+        ([*GRAVITAR, "--env.max-frames", "1200"], 640),
+        (RANDAL_CARTPOLE, 300),
+        ([*RANDAL, "--env.max-frames", "400"], 240),
+    ],
+    ids=["cartpole", "gravitar", "randal-cartpole", "randal"],
+)
 def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[str], steps: int) -> None:
     runs = [tmp_path / name for name in ("a", "b")]
     for run_dir in runs:
@@ -213,8 +222,26 @@ def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[st
     a, b = (checkpoint.load(run_dir)["agent"] for run_dir in runs)
     assert a["clocks"] == b["clocks"] and a["clocks"]["num_updates"] > 10, "nothing was learned"
     assert torch.equal(a["generator"], b["generator"])
-    for name, weights in a["q_network"].items():
-        assert torch.equal(weights, b["q_network"][name]), name
+    (weights, others) = (evaluation.policy_weights({"agent": state}) for state in (a, b))
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def test_randal_resumes_evaluates_and_keeps_its_columns(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*RANDAL_CARTPOLE, "--total-steps", 200, "--run-dir", run_dir) == 0
+    before = checkpoint.load(run_dir)["agent"]
+    assert before["clocks"]["num_updates"] > 100 and before["random_left"] == 0
+    assert train("--resume", run_dir, "--total-steps", 400) == 0
+    after = checkpoint.load(run_dir)["agent"]
+    assert (after["clocks"]["global_step"], after["random_left"]) == (400, 0)
+    assert after["clocks"]["num_updates"] > before["clocks"]["num_updates"]
+    check_episodes(run_dir, [0, 200])
+    told = rows(run_dir / "metrics.csv")
+    assert set(told[-1]) >= {"policy_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance_int"}
+    assert told[-1]["global_step"] == 400
+    assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "3", "--device", "cpu"], "evaluate.py") == 0
+    assert (run_dir / "eval.json").exists()
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ class Agent:
     messages: list[str] = field(default_factory=list)
     filling: int | None = 5156
     batch_size: int = 128
+    metric_names: tuple[str, ...] = ("entropy",)
 
     def metrics(self) -> dict[str, float]:
         values = {"int_reward_mean": 0.5, "td_loss": 0.25, "rnd_loss": math.nan, "q_mean": 1e7, "buffer_fill": 1.0}
-        return {**values, "epsilon": self.epsilon, "int_reward_max": 2.0}
+        return {**values, "epsilon": self.epsilon, "int_reward_max": 2.0, "entropy": 0.75}
 
 
 def game(number: int, score: float = 0.0, step: int = 0, length: int = 1) -> Episode:
@@ -209,7 +210,7 @@ class TestTracker:
         agent.global_step, agent.num_updates, agent.episodes = 8, 3, 2
         tracker.step([game(0, 100.0, step=7, length=7), game(1, -21.5, step=8, length=8)])
         (row,) = rows(tmp_path / "metrics.csv")
-        assert list(row) == METRICS
+        assert list(row) == [*METRICS, "entropy"]
         expected = {
             "global_step": 8,
             "frames": 32,
@@ -224,6 +225,7 @@ class TestTracker:
             "q_mean": 1e7,
             "buffer_fill": 1,
             "int_reward_max": 2,
+            "entropy": 0.75,
         }
         assert {name: row[name] for name in expected} == expected
         assert math.isnan(row["rnd_loss"])

@@ -1,0 +1,134 @@
+"""`RANDALTrainer`: the published names, from Python, over the package's own loop and files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probes
+import pytest
+import torch
+from run_helpers import rows
+
+from gravitar_dqn import GAE, MLP, RANDAL, NatureCNN, PPOConfig, PredictorCNN, PredictorMLP, RANDALTrainer
+from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
+from gravitar_dqn import envs as games
+from gravitar_dqn.config import EnvConfig, UserError, load_run
+from gravitar_dqn.evaluation import play_games
+
+
+def vector_agent(**options: Any) -> RANDAL:
+    torch.manual_seed(0)
+    ppo = PPOConfig(lr=3e-3, lr_final=1e-3, decay_steps=1_000, device="cpu", policy_clip=0.2)
+    return RANDAL(MLP, PredictorMLP, (1,), 2, ppo, pixel_control=False, **options)
+
+
+def config(home: Path, **changes: Any) -> TrainerConfig:
+    options: dict[str, Any] = {
+        "total_steps": 700,
+        "nsteps": 8,
+        "num_epochs": 2,
+        "num_minibatches": 2,
+        "init_obs_steps": 30,
+        "replay_length": 100,
+        "log_dir": str(home / "logs"),
+        "model_dir": str(home / "models"),
+        "log_scalars": False,
+        "validate_freq": 300,
+        "num_val_episodes": 6,
+    }
+    return TrainerConfig(**{**options, **changes})
+
+
+def test_the_published_defaults() -> None:
+    made = TrainerConfig()
+    assert (made.train_mode, made.returns, made.total_steps, made.nsteps) == ("nstep", "nstep", 50_000_000, 5)
+    assert (made.gamma, made.lambda_, made.gamma_intr, made.init_obs_steps) == (0.99, 0.95, 0.99, 600)
+    assert (made.validate_freq, made.num_val_episodes, made.max_val_steps) == (1_000_000, 50, 10_000)
+    assert (made.log_dir, made.model_dir, made.save_freq, made.log_scalars) == ("logs/", "models/", 0, True)
+    assert (made.update_target_freq, made.render_freq, made.num_epochs, made.num_minibatches) == (0, 0, 4, 4)
+    assert (made.replay_length, made.norm_pixel_reward) == (2000, True)
+    ppo = PPOConfig()
+    assert (ppo.grad_clip, ppo.entropy_coeff, ppo.policy_clip) == (0.5, 0.01, 0.1)
+    agent = vector_agent()
+    assert (agent.intr_coeff, agent.extr_coeff) == (0.5, 1.0)
+    assert agent.tasks.weights == {"pixel_control": 0.0, "reward_prediction": 1.0, "value_replay": 1.0}
+
+
+def test_it_trains_validates_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agent = vector_agent()
+    envs, val_envs = probes.vector_of(probes.Both, 4), probes.vector_of(probes.Both, 3)
+    trainer = RANDALTrainer(envs, agent, val_envs, config(tmp_path, save_freq=300))
+    trainer.train()
+    told = capsys.readouterr()
+    assert "episode: 0, score: " in told.out and "done: 70" in told.err
+    saved = load_run(trainer.run_dir)
+    assert saved == trainer.run_config
+    assert saved.agent.learning_rate == 3e-3 and saved.agent.num_steps == 8 and saved.rnd.coef == 0.5
+    validations = rows(trainer.run_dir / "validation.csv")
+    assert [row["global_step"] // 300 for row in validations] == [1, 2]
+    assert "validation at step" in told.err
+    kept = sorted((tmp_path / "models" / trainer.run_dir.name).iterdir())
+    assert len(kept) == 2
+    agent.policy.load_state_dict(torch.load(kept[-1], weights_only=True))
+    record = json.loads((trainer.run_dir / "config.json").read_text())
+    assert record["preset"] == "randal"
+
+
+def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    agent = RANDAL(NatureCNN, PredictorCNN, (4, 84, 84), 18, PPOConfig(device="cpu"), intr_coeff=1.0, extr_coeff=2.0)
+    envs = games.make_envs(EnvConfig(num_envs=2))
+    settings = config(tmp_path, total_steps=90, nsteps=8, returns=GAE, num_epochs=1, init_obs_steps=3)
+    trainer = RANDALTrainer(envs, agent, None, settings)
+    trainer.train()
+    assert trainer.run_config.env.id == "ALE/Gravitar-v5"
+    assert agent.num_updates > 0 and np.isfinite(rows(trainer.run_dir / "metrics.csv")[-1]["pixel_control_loss"])
+    names = {path.name for path in trainer.run_dir.iterdir()}
+    assert names == {"config.json", "metrics.csv", "episodes.csv", "checkpoints"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_mode": "onestep"}, "only NSTEP"),
+        ({"returns": "td"}, "NSTEP or GAE"),
+        ({"update_target_freq": 100}, "no target network"),
+        ({"save_freq": -1}, "save_freq is -1"),
+        ({"num_val_episodes": 0}, "num_val_episodes is 0"),
+        ({"num_minibatches": 5}, "must divide the 32 steps"),
+        ({"gamma": 1.5}, "agent.gamma is 1.5"),
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path, **changes))
+
+
+class Endless(probes.Probe):
+    """Earns 1 a step for ever; every third game ends after four steps."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        self.games = getattr(self, "games", 0) + 1
+        return super().reset(seed=seed, options=options)
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return 4 if self.games % 3 == 1 else 30
+
+
+def test_a_long_game_counts_with_what_it_has_by_then() -> None:
+    class First:
+        def begin(self, obs: Any) -> None:
+            pass
+
+        def act(self) -> torch.Tensor:
+            return torch.zeros(1, dtype=torch.int64)
+
+        def observe(self, *anything: Any) -> None:
+            pass
+
+    policy: Any = First()
+    assert play_games(probes.vector_of(Endless, 1), policy, 4, 0, max_steps=10) == [4.0, 10.0, 10.0, 4.0]
+    assert play_games(probes.vector_of(Endless, 1), policy, 4, 0, max_steps=4) == [4.0] * 4
+    assert play_games(probes.vector_of(Endless, 1), policy, 3, 0) == [4.0, 30.0, 30.0]
