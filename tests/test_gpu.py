@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import probes
 import pytest
+import randal_helpers
 import torch
 
 from gravitar_dqn import envs as games
@@ -125,3 +126,39 @@ def test_replay_holds_the_same_on_both_devices() -> None:
     one, two = (buffer.state_dict() for buffer in buffers)
     for name in ("frames", "actions", "rewards", "terminations", "playable", "ages", "weights"):
         assert torch.equal(one[name], two[name].cpu()), name
+
+
+# ---------------------------------------------------------------- RANDAL
+
+RANDAL_TASKS = {"ppo-rnd": randal_helpers.PPO_RND, "randal": randal_helpers.PICTURE_TASKS}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tasks", RANDAL_TASKS.values(), ids=RANDAL_TASKS)
+def test_randal_is_captured_and_learns(tasks: Any, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(randal_helpers.settings(tasks), device="cuda", precision=precision)
+    agent = randal_helpers.learn(config, probes.Remember, 5 + 16 * 6)
+    assert "no CUDA graph" not in capsys.readouterr().err
+    for function in (agent.choose, agent.finish, agent.learn, agent.look):
+        assert function._graph is not None, function
+    assert np.isfinite(agent.metrics()["policy_loss"])
+    before = [p.clone() for p in agent.learners.parameters()]
+    agent.learn()
+    assert any((old != new).any() for old, new in zip(before, agent.learners.parameters(), strict=True))
+    drawn = set()
+    for _ in range(12):
+        agent.choose()
+        drawn.add(tuple(agent._actions.tolist()))
+    assert len(drawn) > 4, "a captured policy that repeats its random numbers"
+
+
+def test_randals_learning_rate_reaches_the_graphs() -> None:
+    config = replace(randal_helpers.settings(learning_rate_decay=100_000, learning_rate_end=1e-5), device="cuda")
+    agent = randal_helpers.learn(config, probes.Remember, 5 + 16 * 3)
+    agent.global_step = 100_000
+    agent._set_learning_rate()
+    assert agent.optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-5)
+    before = [p.clone() for p in agent.policy.parameters()]
+    agent.learn()
+    moved = max((old - new).abs().max().item() for old, new in zip(before, agent.policy.parameters(), strict=True))
+    assert 0 < moved < 1e-4, "steps of Adam are about as long as the learning rate"
