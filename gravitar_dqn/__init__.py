@@ -6,7 +6,14 @@ The public names below are imported when they are asked for: settings and the co
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gravitar_dqn.agent import DQNAgent
+    from gravitar_dqn.randal.agent import RANDAL, PPOConfig
+    from gravitar_dqn.randal.networks import MLP, NatureCNN, PPOIntrinsic, PredictorCNN, PredictorMLP
+    from gravitar_dqn.randal.trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
+    from gravitar_dqn.rnd import RewardForwardFilter, RunningMeanStd
 
 _HOMES = {
     "gravitar_dqn.agent": ("DQNAgent",),
@@ -17,7 +24,22 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "GAE",
+    "MLP",
+    "NSTEP",
+    "RANDAL",
+    "DQNAgent",
+    "NatureCNN",
+    "PPOConfig",
+    "PPOIntrinsic",
+    "PredictorCNN",
+    "PredictorMLP",
+    "RANDALTrainer",
+    "RANDALTrainerConfig",
+    "RewardForwardFilter",
+    "RunningMeanStd",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -164,7 +164,7 @@ class PPORNDConfig:
     """Weight of the intrinsic advantages; 0 builds no predictor and no bonus."""
     gamma: float = _bounded(0.99, high=1)
     """Discount per step of the bonus, whose returns no game's end cuts."""
-    init_steps: int = _bounded(600)
+    init_steps: int = _bounded(600, low=1)
     """Random steps of every environment that start the observation statistics; they count as steps."""
 
 
@@ -184,7 +184,7 @@ class TasksConfig:
     """Steps of a sampled window."""
     num_windows: int = _bounded(8, low=1)
     """Windows sampled for a gradient step, for each task anew."""
-    reward_batch: int = _bounded(64, low=2)
+    reward_batch: int = _bounded(64, low=32)
     """Observations sampled for a gradient step of reward prediction, half of them before a reward."""
     pixel_gamma: float = _bounded(0.9, high=1)
     """Discount per step of pixel control."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from gymnasium.wrappers import AtariPreprocessing
 from gravitar_dqn.config import EnvConfig, UserError
 
 FRAME_SKIP = 4  # emulator frames in an agent step
+_MADE_FROM: weakref.WeakKeyDictionary[VectorEnv[Any, Any, Any], EnvConfig] = weakref.WeakKeyDictionary()
 EMULATOR_FPS = 60
 gym.register_envs(ale_py)
 
@@ -58,7 +60,16 @@ def make_envs(config: EnvConfig) -> VectorEnv[Any, Any, Any]:
                 [lambda: _make_single(config, spec)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
             )
     _check_spaces(config, envs)
+    _MADE_FROM[envs] = config
     return envs
+
+
+def config_of(envs: VectorEnv[Any, Any, Any]) -> EnvConfig:
+    """What `make_envs` made these of. Of others only the id is known, from Gymnasium's entry, or the class's name."""
+    if envs in _MADE_FROM:
+        return _MADE_FROM[envs]
+    spec = envs.spec or getattr(next(iter(getattr(envs, "envs", ())), None), "spec", None)
+    return EnvConfig(id=spec.id if spec is not None else type(envs).__name__, num_envs=envs.num_envs)
 
 
 def frame_of(envs: VectorEnv[Any, Any, Any]) -> tuple[tuple[int, ...], torch.dtype]:

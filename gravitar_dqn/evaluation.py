@@ -114,7 +114,7 @@ def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device
 def play_games(envs: Any, policy: Policy, episodes: int, seed: int, max_steps: float = math.inf) -> list[float]:
     """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often.
 
-    A game that goes on for `max_steps` agent steps counts with the score it has by then.
+    A game is cut off after `max_steps` agent steps.
     """
     num_envs = envs.num_envs
     quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
@@ -124,13 +124,16 @@ def play_games(envs: Any, policy: Policy, episodes: int, seed: int, max_steps: f
     while any(len(done) < share for done, share in zip(scores, quota, strict=True)):
         actions = policy.act()
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
-        policy.observe(actions, obs, played)
         score += rewards * played
         length += played
         ended = (terminations | truncations) & played
-        for i in np.flatnonzero(played & np.where(ended, length <= max_steps, length == max_steps)):
+        cut = played & ~ended & (length >= max_steps)
+        if cut.any():  # these begin anew at once; those that ended do so by their next step
+            obs, _ = envs.reset(options={"reset_mask": cut})
+        policy.observe(actions, obs, played & ~cut)
+        for i in np.flatnonzero(ended | cut):
             scores[i].append(float(score[i]))
-        score[ended], length[ended] = 0.0, 0.0
+            score[i], length[i] = 0.0, 0.0
         played = ~ended
     return [value for done, share in zip(scores, quota, strict=True) for value in done[:share]]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn.config import Config, RANDALConfig, RunConfig
 from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import PPOIntrinsic, PredictorCNN, PredictorMLP, newest_frame
+from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes, newest_frame, newest_of
 from gravitar_dqn.randal.tasks import AuxiliaryTasks, task_weights
 from gravitar_dqn.rnd import make_rnd
 
@@ -150,8 +150,7 @@ def _look_of_randal(
     tasks.load_state_dict(state["tasks"])
     curiosity: Curiosity | None = None
     if config.rnd.coef != 0:
-        frame = newest_frame(obs_shape)
-        curiosity = Curiosity(PredictorCNN if len(obs_shape) == 3 else PredictorMLP, frame)
+        curiosity = Curiosity(network_classes(obs_shape)[1], newest_frame(obs_shape))
         curiosity.attach(config.env.num_envs, config.rnd.gamma)
         curiosity.load_state_dict(state["curiosity"])
 
@@ -161,8 +160,7 @@ def _look_of_randal(
         probabilities = network.heads(features)[0].softmax(dim=1)[0].numpy()
         bonus, cells = None, None
         if curiosity is not None:
-            newest = obs[:, -1:] if len(obs_shape) == 3 else obs
-            bonus = curiosity.errors(curiosity.normalized(newest))[0].item()
+            bonus = curiosity.errors(curiosity.normalized(newest_of(obs)))[0].item()
         if "pixel_control" in tasks.heads:
             cells = tasks.heads["pixel_control"](features)[0].amax(dim=0).numpy()
         return Insight("probability", probabilities, bonus, cells)

@@ -28,7 +28,7 @@ from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError, to_dict
 from gravitar_dqn.dashboard import Dashboard
 from gravitar_dqn.execution import choose_device, choose_execution, choose_precision, keep_freed_memory
-from gravitar_dqn.randal.agent import make_randal, replay_steps
+from gravitar_dqn.randal.agent import make_randal, plan_replay
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.replay import plan_memory
 from gravitar_dqn.tracking import Console, Episode, Observer, Sections, TrackedAgent, Tracker, tell, warn
@@ -263,9 +263,7 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     frame_shape, frame_dtype = games.frame_of(envs)
     num_actions = games.num_actions_of(envs)
     if isinstance(config, RANDALConfig):
-        num_envs = config.env.num_envs
-        capacity = replay_steps(config) * num_envs
-        tell(plan_memory(capacity, frame_shape, frame_dtype, device, "--tasks.replay-length", num_envs))
+        tell(plan_replay(config, frame_shape, frame_dtype, device))
         return envs, make_randal(config, frame_shape, frame_dtype, num_actions)
     assert isinstance(config, Config)
     tell(plan_memory(config.agent.buffer_size, frame_shape, frame_dtype, device))
@@ -305,6 +303,7 @@ def run(
     *,
     show_sections: bool = False,
     further: Sequence[Observer] = (),
+    how_to_resume: str = "",
 ) -> None:
     """Train an agent in environments, as `train` says, and close them.
 
@@ -316,6 +315,7 @@ def run(
         state: the checkpoint that it was restored from; empty for a new run.
         show_sections: print at the end where the time went.
         further: observers beside the usual ones.
+        how_to_resume: what goes on with the run; by default the command that started it, with --resume.
     """
     farewell: list[str] = []
     with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
@@ -355,8 +355,8 @@ def run(
         if finished(config, agent):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
         else:
-            command = resume_command(run_dir)
-            farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {command}")
+            how = how_to_resume or resume_command(run_dir)
+            farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
 
 
 def restore(agent: Agent, state: dict[str, Any], run_dir: Path) -> None:

@@ -16,6 +16,7 @@ import gravitar_dqn
 from gravitar_dqn import RANDAL, NatureCNN, PPOConfig, PPOIntrinsic, PredictorCNN, PredictorMLP
 from gravitar_dqn.config import TasksConfig, UserError
 from gravitar_dqn.execution import choose_precision
+from gravitar_dqn.randal.curiosity import Curiosity
 from gravitar_dqn.randal.networks import MLP, PixelControl, RewardPrediction
 from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks
 from gravitar_dqn.training import play
@@ -147,6 +148,13 @@ def test_probe_time_out_bootstraps(tasks: TasksConfig) -> None:
     torch.testing.assert_close(values(agent, 0.0), torch.full((1,), 2.0), atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize(("optimizer", "kind"), [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)])
+def test_both_optimizers_learn(optimizer: str, kind: type) -> None:
+    agent = learn(settings(optimizer=optimizer), probes.ActionMatters, 300)
+    assert type(agent.optimizer) is kind and type(agent.rnd_optimizer) is kind
+    assert probabilities(agent, 0.0).item() > 0.9
+
+
 @pytest.mark.parametrize("tasks", [PPO_RND, PICTURE_TASKS], ids=["ppo-rnd", "randal"])
 def test_probe_remember_needs_the_stack(tasks: TasksConfig) -> None:
     changes: dict[str, Any] = {"num_steps": 12, "num_minibatches": 2, "learning_rate": 5e-4, "gamma": 0.9}
@@ -160,6 +168,118 @@ def test_probe_remember_needs_the_stack(tasks: TasksConfig) -> None:
     with torch.no_grad():
         bright, dark = agent.policy(stacks)[0].softmax(dim=1)[:, 1].tolist()
     assert bright > 0.8 and dark < 0.2
+
+
+# ---------------------------------------------------------------- the parts of an update, in numbers
+
+
+def filled(tasks: TasksConfig = VECTOR_TASKS, probe: type = probes.DelayedReward, **changes: Any) -> RANDAL:
+    """An agent with a whole rollout that has not learned yet."""
+    envs, agent = build(settings(tasks, **changes), probe)
+    agent.learn = lambda: None
+    for _ in islice(play(envs, agent, 1), 5 + 16):
+        pass
+    return agent
+
+
+def test_the_bonus_is_divided_by_the_std_of_its_discounted_sums_along_time() -> None:
+    curiosity = Curiosity(PredictorMLP, (1,))
+    curiosity.attach(num_envs=3, gamma=0.9)
+    rollouts = torch.rand(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    sums, running = [], np.zeros(3)
+    for bonus in rollouts:
+        for step in bonus.numpy():
+            running = 0.9 * running + step
+            sums.append(running.copy())
+        expected = bonus / np.std(sums)
+        torch.testing.assert_close(curiosity.rewards(bonus), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_statistics_take_in_a_rollout_after_all_that_used_the_old_ones() -> None:
+    envs, agent = build(settings(), probes.DelayedReward)
+    counts: dict[str, float] = {}
+
+    def watched(name: str) -> Callable[[], None]:
+        inner = getattr(agent, name)
+
+        def call() -> None:
+            counts.setdefault(name, agent.curiosity.obs_rms.count.item())
+            inner()
+
+        return call
+
+    agent.finish, agent.learn, agent.look = watched("finish"), watched("learn"), watched("look")
+    for _ in islice(play(envs, agent, 1), 5 + 16):
+        pass
+    assert [round(counts[name]) for name in ("finish", "learn", "look")] == [8 * 5] * 3
+    assert round(agent.curiosity.obs_rms.count.item()) == 8 * (5 + 16)
+
+
+@pytest.mark.parametrize(("clip", "scale", "learned"), [(False, 1.0, 250.0), (True, 1.0, 1.0), (True, 0.1, 0.1)])
+def test_rewards_are_learned_clipped_and_scaled(clip: bool, scale: float, learned: float) -> None:
+    class Rich(probes.Probe):
+        def reward(self, action: int) -> float:
+            return 250.0
+
+    agent = filled(replace(VECTOR_TASKS, reward_prediction=0.0), Rich, clip_rewards=clip, reward_scale=scale)
+    played = agent._played.bool()
+    torch.testing.assert_close(agent._returns[0][played], torch.full((int(played.sum()),), learned))  # games of a step
+    agent.policy.heads = lambda features: (None, torch.zeros(len(features)), None)
+    assert agent.tasks.value_replay_loss().item() == pytest.approx(learned**2)
+    assert agent.replay.rewards.max() == 250, "what is stored stays raw"
+
+
+def test_the_weights_of_the_tasks_weight_their_gradients() -> None:
+    gradients = {}
+    for weight in (1.0, 3.0):
+        agent = filled(replace(VECTOR_TASKS, reward_prediction=weight, value_replay=0.0))
+        agent.ppo = replace(agent.ppo, grad_clip=0.0)
+        agent._rows.copy_(torch.arange(len(agent._rows)))
+        agent._learn()
+        head = agent.tasks.heads["reward_prediction"]
+        gradients[weight] = torch.cat([p.grad.flatten() for p in head.parameters()])
+    torch.testing.assert_close(gradients[3.0], 3 * gradients[1.0], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_for_policy_and_predictor_each() -> None:
+    agent = filled()
+    agent.ppo = replace(agent.ppo, grad_clip=1e-3)
+    agent._rows.copy_(torch.arange(len(agent._rows)))
+    agent._learn()
+    for network in (agent.learners, agent.curiosity.predictor):
+        norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item()
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_pixel_range_is_0_to_255_until_something_was_seen() -> None:
+    tasks = AuxiliaryTasks(dict.fromkeys(TASKS, 1.0), PPOIntrinsic(NatureCNN, (4, 84, 84), 2), 2)
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    torch.testing.assert_close(tasks.norm_obs(pixels), torch.tensor([0.0, 0.2, 1.0]))
+    tasks.see(torch.tensor([51, 102], dtype=torch.uint8))
+    torch.testing.assert_close(tasks.norm_obs(pixels), torch.tensor([-1.0, 0.0, 4.0]))
+
+
+def test_tasks_without_curiosity_start_with_sane_pixel_changes() -> None:
+    agent = learn(settings(PICTURE_TASKS, num_envs=2, rnd=0.0), probes.Remember, 3 + 16 + 1)
+    told = agent.metrics()
+    assert agent.num_updates == 16 and told["pixel_control_loss"] < 5
+    silent = ("rnd_loss", "int_reward_mean", "int_reward_max", "value_loss_int", "explained_variance_int")
+    assert all(np.isnan(told[name]) for name in silent)
+
+
+def test_choosing_is_even_and_only_among_what_can_be_sampled() -> None:
+    ends = np.zeros((30, 2), dtype=bool)
+    ends[[4, 11, 17], 0] = True
+    frames = np.zeros((31, 2, 3), dtype=np.float32)
+    ring = ring_of(frames, np.zeros((30, 2), dtype=np.int64), np.zeros((30, 2)), ends, stack=1, n_step=3)
+    eligible = torch.zeros_like(ring.playable)
+    eligible[:, 0] = True
+    positions, found = ring.choose(eligible, 6_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(positions, minlength=ring.playable.numel()).view_as(ring.playable)
+    allowed = (ring.weights > 0) & eligible
+    assert bool(found) and not counts[~allowed].any(), "dummy rows, rows at the cursor, or another environment's"
+    assert allowed.sum() == 27 - 3 + 1  # rows 5 and 12 are dummies, and 18
+    assert counts[allowed].float().std() < 0.15 * counts[allowed].float().mean()
 
 
 # ---------------------------------------------------------------- each auxiliary task alone

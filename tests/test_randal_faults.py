@@ -102,10 +102,11 @@ def test_value_replay_compares_equal_shapes() -> None:
     assert returns.value_loss(values, targets, torch.ones(2)).item() == 0.0
     assert F.mse_loss(values.unsqueeze(1).expand(2, 2), targets.expand(2, 2)).item() == 50.0, "the fault: broadcast"
     agent = learn(settings(VECTOR_TASKS), probes.ObservedReward, 5 + 17)
-    agent.policy.value_ext[0].weight.data.zero_()
-    agent.policy.value_ext[0].bias.data.zero_()
-    loss = agent.tasks.value_replay_loss().item()  # every return is +1 or -1, every value 0
-    assert loss == pytest.approx(1.0)
+    seen = []
+    agent.policy.trunk.forward = lambda obs: seen.append(obs.squeeze(1)) or obs
+    agent.policy.heads = lambda features: (None, features.squeeze(1), None)  # values that are right: what is seen
+    assert agent.tasks.value_replay_loss().item() == pytest.approx(0.0, abs=1e-10)
+    assert set(seen[0].tolist()) == {1.0, -1.0}, "each value pulled to the mean return would have an error of 1"
 
 
 def test_one_lit_block_lights_one_cell() -> None:
@@ -174,6 +175,14 @@ def test_the_predicted_reward_is_the_sampled_pairs_own() -> None:
     seen = ring.stacks(positions)[:, 0]
     assert torch.equal(labels, returns.reward_classes(seen)) and (labels > 0).all()
     assert set(ring.stacks(positions)[:, 1].tolist()) == {0.0, 1.0, 2.0, 3.0}, "every environment is drawn from"
+    # As the loss sees it: a head that reads the label off its own frame has no error.
+    tasks = AuxiliaryTasks(
+        {"pixel_control": 0.0, "reward_prediction": 1.0, "value_replay": 0.0}, PPOIntrinsic(MLP, (2,), 2), 2
+    )
+    tasks.attach(settings(VECTOR_TASKS), ring, torch.Generator().manual_seed(0))
+    tasks.policy.trunk.forward = lambda obs: obs
+    tasks.heads["reward_prediction"].forward = lambda obs: 50 * F.one_hot(returns.reward_classes(obs[:, 0]), 3).float()
+    assert tasks.reward_prediction_loss().item() == pytest.approx(0.0, abs=1e-6)
     neighbours = ring.rewards.view(-1)[(positions + 1) % ring.rewards.numel()]
     assert not torch.equal(labels, returns.reward_classes(neighbours)), "the fault: another environment's"
 

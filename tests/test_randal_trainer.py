@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import probes
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from run_helpers import rows
 
-from gravitar_dqn import GAE, MLP, RANDAL, NatureCNN, PPOConfig, PredictorCNN, PredictorMLP, RANDALTrainer
+from gravitar_dqn import GAE, MLP, RANDAL, NatureCNN, PPOConfig, PredictorCNN, PredictorMLP, RANDALTrainer, training
 from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
 from gravitar_dqn import envs as games
 from gravitar_dqn.config import EnvConfig, UserError, load_run
@@ -96,8 +98,12 @@ def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
         ({"update_target_freq": 100}, "no target network"),
         ({"save_freq": -1}, "save_freq is -1"),
         ({"num_val_episodes": 0}, "num_val_episodes is 0"),
-        ({"num_minibatches": 5}, "must divide the 32 steps"),
-        ({"gamma": 1.5}, "agent.gamma is 1.5"),
+        (
+            {"num_minibatches": 5},
+            r"^num_minibatches is 5: it must divide the 32 steps .*\(nsteps times envs.num_envs\)",
+        ),
+        ({"gamma": 1.5}, "^gamma is 1.5"),
+        ({"init_obs_steps": 0}, "^init_obs_steps is 0: it must be finite and at least 1"),
     ],
 )
 def test_bad_settings_are_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -105,8 +111,62 @@ def test_bad_settings_are_one_line(changes: dict[str, Any], message: str, tmp_pa
         RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path, **changes))
 
 
+def test_a_run_goes_on_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trainer(**changes: Any) -> RANDALTrainer:
+        return RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path, **changes))
+
+    first = trainer(total_steps=300)
+    first.train()
+    again = trainer()
+    again.run_dir = first.run_dir
+    with pytest.raises(UserError, match=r"exists: train\(resume=...\) goes on with it"):
+        again.train()
+    with pytest.raises(UserError, match="other settings, it cannot go on: seed: 742 -> 3"):
+        trainer(seed=3).train(resume=first.run_dir)
+    second = trainer(total_steps=500)
+    second.train(resume=first.run_dir)
+    assert second.agent.global_step >= 500 and second.agent.num_updates > first.agent.num_updates
+    steps = [row["global_step"] for row in rows(first.run_dir / "episodes.csv")]
+    assert steps == sorted(steps) and steps[0] < 300 < steps[-1]
+    assert f"going on with {first.run_dir}" in capsys.readouterr().err
+
+
+def test_a_stopped_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path))
+    monkeypatch.setattr(training.Stop, "requested", True, raising=False)
+    monkeypatch.setattr(training.Stop, "__init__", lambda self: None)
+    trainer.train()
+    assert f"go on with: RANDALTrainer(...).train(resume='{trainer.run_dir}')" in capsys.readouterr().err
+
+
+def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    envs = probes.vector_of(probes.Both, 2)
+    with pytest.raises(UserError, match="make others for validation"):
+        RANDALTrainer(envs, vector_agent(), envs, config(tmp_path))
+    same_step = SyncVectorEnv([probes.Both] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(UserError, match=r"it must be AutoresetMode\.NEXT_STEP"):
+        RANDALTrainer(same_step, vector_agent(), None, config(tmp_path))
+    cartpole = games.make_envs(EnvConfig(id="CartPole-v1", num_envs=2))
+    with pytest.raises(UserError, match=r"show \(4,\), an agent of input_size \(1,\)"):
+        RANDALTrainer(cartpole, vector_agent(), None, config(tmp_path))
+    three = RANDAL(MLP, PredictorMLP, (4,), 3, PPOConfig(device="cpu"), PC=0)
+    with pytest.raises(UserError, match="have 2 actions, the agent 3"):
+        RANDALTrainer(cartpole, three, None, config(tmp_path))
+
+
+def test_the_runs_settings_say_what_was_played(tmp_path: Path) -> None:
+    made = EnvConfig(id="CartPole-v1", num_envs=4, num_threads=3)
+    agent = RANDAL(MLP, PredictorMLP, (4,), 2, PPOConfig(device="cpu"), PC=0, optim=torch.optim.RMSprop)
+    run = RANDALTrainer(games.make_envs(made), agent, None, config(tmp_path, seed=5)).run_config
+    assert run.env == made and run.agent.optimizer == "rmsprop" and run.seed == 5
+    assert games.config_of(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")).id == "CartPole-v1"
+    assert games.config_of(probes.vector_of(probes.Both, 3)) == EnvConfig(id="SyncVectorEnv", num_envs=3)
+
+
 class Endless(probes.Probe):
-    """Earns 1 a step for ever; every third game ends after four steps."""
+    """Earns 1 a step; every third game ends after four steps, the others after thirty."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         self.games = getattr(self, "games", 0) + 1
@@ -129,6 +189,8 @@ def test_a_long_game_counts_with_what_it_has_by_then() -> None:
             pass
 
     policy: Any = First()
+    for_ever = type("ForEver", (probes.Probe,), {"length": 0})
+    assert play_games(probes.vector_of(for_ever, 1), policy, 3, 0, max_steps=10) == [10.0, 10.0, 10.0]
     assert play_games(probes.vector_of(Endless, 1), policy, 4, 0, max_steps=10) == [4.0, 10.0, 10.0, 4.0]
     assert play_games(probes.vector_of(Endless, 1), policy, 4, 0, max_steps=4) == [4.0] * 4
     assert play_games(probes.vector_of(Endless, 1), policy, 3, 0) == [4.0, 30.0, 30.0]

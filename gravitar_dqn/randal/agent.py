@@ -14,7 +14,7 @@ Shapes: T steps of a rollout, B environments, N rows of a minibatch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
@@ -27,9 +27,9 @@ from gravitar_dqn.config import RANDALConfig, UserError
 from gravitar_dqn.execution import choose_device, choose_execution, choose_precision, prepare, restore_generator
 from gravitar_dqn.networks import stack_size
 from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import MLP, NatureCNN, PPOIntrinsic, PredictorCNN, PredictorMLP, newest_frame
+from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes, newest_frame, newest_of
 from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks, task_weights
-from gravitar_dqn.replay import Bools, ReplayBuffer
+from gravitar_dqn.replay import Bools, ReplayBuffer, plan_memory
 from gravitar_dqn.tracking import METRICS, warn
 
 Array = npt.NDArray[Any]
@@ -40,6 +40,7 @@ STEP_METRICS = (
     *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction rnd_loss".split(),
     *(f"{task}_loss" for task in TASKS),
 )
+CURIOUS_METRICS = ("rnd_loss", "value_loss_int", "int_reward_mean", "int_return_mean", "explained_variance_int")
 ROLLOUT_METRICS = ("int_reward_mean", "int_return_mean", "explained_variance_ext", "explained_variance_int")
 
 
@@ -131,7 +132,10 @@ class RANDAL:
         """Get ready for a run: replay buffer, rollout, clocks, random numbers. Gives itself."""
         settings, num_envs, device = config.agent, config.env.num_envs, self.device
         steps, rows = settings.num_steps, settings.num_steps * num_envs
-        self.config = config
+        # What was decided when the agent was made stands.
+        weights: dict[str, Any] = self.tasks.weights
+        rnd, tasks = replace(config.rnd, coef=self.intr_coeff), replace(config.tasks, **weights)
+        self.config = config = replace(config, rnd=rnd, tasks=tasks)
         self.replay = ReplayBuffer(
             replay_steps(config) * num_envs,
             num_envs,
@@ -225,7 +229,7 @@ class RANDAL:
         self.episodes += int(((terminations | truncations) & played).sum())
         if self._random_left:
             self._random_left -= 1
-            self._see(self._obs[:, -1:] if self._obs.dim() == 4 else self._obs)
+            self._see(newest_of(self._obs))
         elif ready:
             self._step += 1
 
@@ -383,6 +387,9 @@ class RANDAL:
             for group in optimizer.param_groups:
                 group["capturable"] = self._graphs  # a checkpoint's says how that run was executed
                 group["lr"] = torch.tensor(self.ppo.lr, device=self.device) if self._graphs else self.ppo.lr
+            for state in optimizer.state.values():
+                if self._graphs and "step" in state:
+                    state["step"] = state["step"].to(self.device)
         self._set_learning_rate()
         functions = (self._choose, self._finish, self._learn, self._look)
         self.choose, self.finish, self.learn, self.look = (
@@ -401,11 +408,11 @@ class RANDAL:
         return returns.pixel_control_loss(Qaux, Qaux_actions, Qaux_target)
 
     def predictor_loss(self, next_states: Tensor, state_mean: Tensor, state_std: Tensor) -> Tensor:
-        """Mean squared RND error of frames (N, 1, 84, 84) or (N, n), 0..255, over a random share of the rows."""
+        """Mean squared RND error of frames (N, 1, 84, 84) or (N, n), 0..255. A gradient step takes a share of them."""
         if self.curiosity is None:
             raise UserError("intr_coeff is 0: there is no predictor")
         errors, _ = self.curiosity.errors(self.curiosity.normalized(next_states, state_mean, state_std))
-        return self.curiosity.loss(errors, self.generator)
+        return errors.mean()
 
     # ---------------------------------------------------------------- telling and keeping
 
@@ -420,8 +427,11 @@ class RANDAL:
             name: total / count if count else nan for name, total, count in zip(names, sums[:-1], counts, strict=True)
         }
         told |= {f"{task}_loss": nan for task in TASKS if self.tasks.weights[task] == 0}
+        if self.curiosity is None:
+            told |= dict.fromkeys(CURIOUS_METRICS, nan)
         told |= {"epsilon": nan, "td_loss": nan, "q_mean": nan, "buffer_fill": self.replay.fill}
-        told |= {"int_reward_max": sums[-1] if self._num_rollouts else nan, "learning_rate": self.learning_rate}
+        told["int_reward_max"] = sums[-1] if self._num_rollouts and self.curiosity is not None else nan
+        told["learning_rate"] = self.learning_rate
         self._step_sums.zero_()
         self._rollout_sums.zero_()
         self._int_max.fill_(-torch.inf)
@@ -467,16 +477,25 @@ def replay_steps(config: RANDALConfig) -> int:
     return max(config.tasks.replay_length, steps) if any(task_weights(config).values()) else steps
 
 
+def plan_replay(
+    config: RANDALConfig, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, device: torch.device
+) -> str:
+    """A line with the replay buffer's size, to print before it is allocated; UserError when it would not fit."""
+    steps, num_envs = replay_steps(config), config.env.num_envs
+    setting = "--agent.num-steps" if steps == config.agent.num_steps else "--tasks.replay-length"
+    return plan_memory(steps * num_envs, frame_shape, frame_dtype, device, setting, num_envs)
+
+
 def make_randal(
     config: RANDALConfig, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int
 ) -> RANDAL:
     """The agent that a run's settings ask for, attached."""
-    settings, tasks, image = config.agent, config.tasks, len(frame_shape) == 2
+    settings, tasks = config.agent, config.tasks
+    input_size = (stack_size(frame_shape), *frame_shape) if len(frame_shape) == 2 else frame_shape
     adam = settings.optimizer == "adam"
     agent = RANDAL(
-        NatureCNN if image else MLP,
-        PredictorCNN if image else PredictorMLP,
-        (stack_size(frame_shape), *frame_shape) if image else frame_shape,
+        *network_classes(input_size),
+        input_size,
         num_actions,
         PPOConfig(
             lr=settings.learning_rate,

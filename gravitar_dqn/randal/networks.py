@@ -174,7 +174,17 @@ def _more(dense_size: int, trainable: bool) -> nn.Module:
 
 def make_actor_critic(input_size: tuple[int, ...], action_size: int) -> PPOIntrinsic:
     """The network of the presets, for stacks (4, 84, 84) or for vectors (n,)."""
-    return PPOIntrinsic(NatureCNN if len(input_size) == 3 else MLP, input_size, action_size)
+    return PPOIntrinsic(network_classes(input_size)[0], input_size, action_size)
+
+
+def network_classes(input_size: tuple[int, ...]) -> tuple[type[nn.Module], type[nn.Module]]:
+    """The presets' classes of trunk and of curiosity's networks, for stacks (4, 84, 84) or for vectors (n,)."""
+    return (NatureCNN, PredictorCNN) if len(input_size) == 3 else (MLP, PredictorMLP)
+
+
+def newest_of(obs: Tensor) -> Tensor:
+    """The newest frame of stacks, (N, 4, 84, 84) -> (N, 1, 84, 84); vectors (N, n) as they are."""
+    return obs[:, -1:] if obs.dim() == 4 else obs
 
 
 def newest_frame(input_size: tuple[int, ...]) -> tuple[int, ...]:

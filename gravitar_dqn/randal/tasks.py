@@ -63,7 +63,8 @@ class AuxiliaryTasks(nn.Module):
 
     def norm_obs(self, obs: Tensor) -> Tensor:
         """Frames scaled to [0, 1] by the darkest and the brightest pixel seen; one pair for the whole frame."""
-        low, high = self.pixel_range
+        nothing_seen = self.pixel_range[0] > self.pixel_range[1]
+        low, high = torch.where(nothing_seen, self.pixel_range.flip(0), self.pixel_range)  # then 0 and 255
         scaled: Tensor = (obs.float() - low) / (high - low).clamp(min=1)
         return scaled
 

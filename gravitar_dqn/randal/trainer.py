@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 
+from gravitar_dqn import checkpoint, training
 from gravitar_dqn import envs as games
-from gravitar_dqn import training
-from gravitar_dqn.config import EnvConfig, PPOAgentConfig, PPORNDConfig, RANDALConfig, TasksConfig, UserError, validate
+from gravitar_dqn.config import (
+    PPOAgentConfig,
+    PPORNDConfig,
+    RANDALConfig,
+    TasksConfig,
+    UserError,
+    differences,
+    load_run,
+    validate,
+)
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import keep_freed_memory
-from gravitar_dqn.randal.agent import RANDAL
-from gravitar_dqn.tracking import CsvLog, Episode, Observer, tell
+from gravitar_dqn.randal.agent import RANDAL, plan_replay
+from gravitar_dqn.tracking import CsvLog, Episode, Observer, tell, warn
 
 NSTEP, GAE = "nstep", "gae"
 
 
 @dataclass(frozen=True)
 class RANDALTrainerConfig:
-    """A training run. Steps are agent steps over all environments, but for nsteps and init_obs_steps."""
+    """A training run. Steps are agent steps over all environments, unless a setting says otherwise."""
 
     train_mode: str = NSTEP
     """Rollouts of nsteps; there is no other."""
@@ -42,7 +53,7 @@ class RANDALTrainerConfig:
     num_val_episodes: int = 50
     """Games of a validation."""
     max_val_steps: int = 10_000
-    """A game of a validation is cut off after this many steps."""
+    """A game of a validation is cut off after this many of its own steps."""
     log_dir: str = "logs/"
     """The run's folder is made here."""
     model_dir: str = "models/"
@@ -50,7 +61,7 @@ class RANDALTrainerConfig:
     save_freq: int = 0
     """Steps from one such copy to the next; 0: none. Checkpoints to resume from are in the run's folder anyway."""
     log_scalars: bool = True
-    """Write metrics.csv and draw it on the dashboard."""
+    """Draw metrics.csv, which is written anyway, on the dashboard."""
     update_target_freq: int = 0
     """PPO has no target network: only 0 fits."""
     render_freq: int = 0
@@ -67,6 +78,8 @@ class RANDALTrainerConfig:
     """Steps of every environment that the replay keeps."""
     norm_pixel_reward: bool = True
     """Measure pixel changes between the darkest and brightest pixel seen instead of 0 and 255."""
+    seed: int = 742
+    """Seeds the games, sampling and the policy's choices. (The networks were made before: `torch.manual_seed`.)"""
 
 
 class Every:
@@ -123,19 +136,21 @@ class Saver:
         """Save when it is time; a full disk costs a line, not the run."""
         if self._every.due(self._agent.global_step):
             path = self._home / f"step_{self._agent.global_step:012d}.pt"
+            aside = path.with_suffix(".tmp")
             try:
                 self._home.mkdir(parents=True, exist_ok=True)
-                torch.save(self._agent.policy_state(), path)
+                torch.save(self._agent.policy_state(), aside)
+                aside.replace(path)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-                path.unlink(missing_ok=True)
-                tell(f"warning: {path} not written: {error}")
+                aside.unlink(missing_ok=True)
+                warn(f"{path} not written: {error}")
 
     def close(self) -> None:
         """Nothing waits."""
 
 
 class RANDALTrainer:
-    """Trains an agent in environments that are given.
+    """Trains an agent in environments that are given, and closes them.
 
     Args:
         envs: a Gymnasium vector environment with NEXT_STEP autoreset, such as `gravitar_dqn.envs.make_envs` gives.
@@ -146,25 +161,51 @@ class RANDALTrainer:
 
     def __init__(self, envs: Any, agent: RANDAL, val_envs: Any, config: RANDALTrainerConfig) -> None:
         check(config)
+        check_fit(envs, agent)
+        if val_envs is not None:
+            check_fit(val_envs, agent)
+            if val_envs is envs:
+                raise UserError("val_envs are the environments that are trained in: make others for validation")
         self.config, self.envs, self.agent, self.val_envs = config, envs, agent, val_envs
         self.run_config = run_config(envs, agent, config)
-        validate(self.run_config)
+        try:
+            validate(self.run_config)
+        except UserError as error:
+            raise UserError(in_published_names(str(error))) from None
         name = f"{self.run_config.env.id.replace('/', '-')}__randal__{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(config.log_dir) / name
 
-    def train(self) -> None:
-        """Train until `total_steps` or Ctrl-C, and save to the run's folder."""
+    def train(self, resume: Path | str | None = None) -> None:
+        """Train until `total_steps` or Ctrl-C, and save to the run's folder, `run_dir`.
+
+        `resume` is the folder of a run to go on with; its agent and settings must have been made as these were.
+        """
         config, run, agent = self.config, self.run_config, self.agent
+        state: dict[str, Any] = {}
+        if resume is not None:
+            self.run_dir = Path(resume)
+            if changed := differences(load_run(self.run_dir), run):
+                raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(changed)}")
+            state = checkpoint.load(self.run_dir)
+        elif self.run_dir.exists():
+            raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
-        training.check_execution(run, agent.device)
-        agent.attach(run, *games.frame_of(self.envs))
+        frame = games.frame_of(self.envs)
+        tell(plan_replay(run, *frame, agent.device))
+        agent.attach(run, *frame)
+        if state:
+            training.restore(agent, state.pop("agent"), self.run_dir)
         further: list[Observer] = []
         if config.save_freq:
             further.append(Saver(config.save_freq, agent, Path(config.model_dir) / self.run_dir.name))
-        if self.val_envs is not None and config.validate_freq:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            further.append(Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv"))
-        training.run(run, self.run_dir, self.envs, agent, {}, further=further)
+        with contextlib.ExitStack() as closing:
+            if self.val_envs is not None:
+                closing.callback(self.val_envs.close)
+                if config.validate_freq:
+                    self.run_dir.mkdir(parents=True, exist_ok=True)
+                    further.append(Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv"))
+            how = f"RANDALTrainer(...).train(resume={str(self.run_dir)!r})"
+            training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how)
 
 
 def check(config: RANDALTrainerConfig) -> None:
@@ -183,16 +224,65 @@ def check(config: RANDALTrainerConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
 
 
+def check_fit(envs: Any, agent: RANDAL) -> None:
+    """Raise UserError for environments that the agent cannot play."""
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != AutoresetMode.NEXT_STEP:
+        raise UserError(f"the environments' autoreset mode is {mode}: it must be AutoresetMode.NEXT_STEP")
+    shape, _ = games.frame_of(envs)
+    expected = agent.input_size[1:] if len(agent.input_size) == 3 else agent.input_size
+    if shape != expected:
+        raise UserError(
+            f"the environments show {shape}, an agent of input_size {agent.input_size} needs {expected}: "
+            "single frames, which the replay buffer stacks, or vectors"
+        )
+    if games.num_actions_of(envs) != agent.num_actions:
+        raise UserError(f"the environments have {games.num_actions_of(envs)} actions, the agent {agent.num_actions}")
+
+
+# A run's settings by the names that they have here.
+PUBLISHED = {
+    "agent.num_steps": "nsteps",
+    "agent.num_minibatches": "num_minibatches",
+    "agent.update_epochs": "num_epochs",
+    "agent.learning_rate_end": "lr_final",
+    "agent.learning_rate_decay": "decay_steps",
+    "agent.learning_rate": "lr",
+    "agent.max_grad_norm": "grad_clip",
+    "agent.gamma": "gamma",
+    "agent.gae_lambda": "lambda_",
+    "agent.clip_coef": "policy_clip",
+    "agent.ent_coef": "entropy_coeff",
+    "agent.ext_coef": "extr_coeff",
+    "rnd.coef": "intr_coeff",
+    "rnd.gamma": "gamma_intr",
+    "rnd.init_steps": "init_obs_steps",
+    "tasks.pixel_control": "PC",
+    "tasks.reward_prediction": "RP",
+    "tasks.value_replay": "VR",
+    "tasks.replay_length": "replay_length",
+    "env.num_envs": "envs.num_envs",
+}
+
+
+def in_published_names(message: str) -> str:
+    """A message about a run's settings, for somebody who set them here."""
+    for name, published in PUBLISHED.items():
+        message = message.replace(name, published)
+    return message
+
+
 def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> RANDALConfig:
     """The run's settings as every run has them, in config.json."""
-    spec = getattr(envs, "spec", None)
     weights = agent.tasks.weights
     return RANDALConfig(
-        env=EnvConfig(id=spec.id if spec is not None else type(envs).__name__, num_envs=envs.num_envs),
+        env=games.config_of(envs),
+        seed=config.seed,
         agent=PPOAgentConfig(
             num_steps=config.nsteps,
             update_epochs=config.num_epochs,
             num_minibatches=config.num_minibatches,
+            optimizer="rmsprop" if isinstance(agent.optimizer, torch.optim.RMSprop) else "adam",
             learning_rate=agent.ppo.lr,
             learning_rate_end=agent.ppo.lr_final,
             learning_rate_decay=agent.ppo.decay_steps,
@@ -215,6 +305,5 @@ def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> RANDALC
         total_steps=config.total_steps,
         device=agent.ppo.device,
         dashboard="auto" if config.log_scalars else "off",
-        log_seconds=2.0 if config.log_scalars else 1e9,
         video_every=config.render_freq,
     )
