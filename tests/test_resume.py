@@ -208,7 +208,7 @@ def test_learning_goes_on_at_once_only_with_the_buffer(tmp_path: Path, option: s
         (CARTPOLE, 600),
         ([*GRAVITAR, "--env.max-frames", "1200"], 640),
         (RANDAL_CARTPOLE, 300),
-        ([*RANDAL, "--env.max-frames", "400"], 240),
+        ([*RANDAL, "--env.max-frames", "240"], 130),
     ],
     ids=["cartpole", "gravitar", "randal-cartpole", "randal"],
 )
