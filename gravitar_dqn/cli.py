@@ -25,8 +25,10 @@ from gravitar_dqn.config import (
     UserError,
     check_bounds,
     differences,
+    flatten,
     get_preset,
     load_run,
+    to_dict,
     validate,
 )
 
@@ -113,6 +115,9 @@ def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: s
     near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
     if option in PRESETS and build is TrainArguments:
         return f"the preset comes first: {prog} {option} [options], and there is only one"
+    name = option.split("=")[0].removeprefix("--").replace("-", "_")
+    if build is TrainArguments and (owners := [p for p, config in PRESETS.items() if name in flatten(to_dict(config))]):
+        return f"{option} is a setting of other presets, which come first: {prog} {owners[0]} {option} ..."
     kind = "option" if option.startswith("-") else "argument"
     return f"unknown {kind} {option!r}: " + (f"did you mean {near[0]}?" if near else f"{prog} --help lists all")
 
@@ -139,7 +144,9 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     saved_in = resume_folder(argv)
     saved = load_run(saved_in) if saved_in is not None else None
-    default = saved if saved is not None and preset is None else get_preset(preset or "gravitar")
+    default = saved or get_preset(preset or "gravitar")
+    if saved is not None and preset not in (None, saved.preset):
+        raise UserError(f"{saved_in} was started with the preset {saved.preset}, not {preset}: leave the preset out")
     description = (
         f"Train an agent. {prog} [PRESET] [options]; presets: {', '.join(PRESETS)} (default gravitar). "
         f"The defaults below are those of {default.preset}. Ctrl-C saves the run; --resume goes on with it."

@@ -17,6 +17,7 @@ from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
 from gravitar_dqn import envs as games
 from gravitar_dqn.config import EnvConfig, UserError, load_run
 from gravitar_dqn.evaluation import play_games
+from gravitar_dqn.randal.trainer import Every
 
 
 def vector_agent(**options: Any) -> RANDAL:
@@ -127,6 +128,7 @@ def test_a_run_goes_on_from_python(tmp_path: Path, capsys: pytest.CaptureFixture
     second.train(resume=first.run_dir)
     assert second.agent.global_step >= 500 and second.agent.num_updates > first.agent.num_updates
     steps = [row["global_step"] for row in rows(first.run_dir / "episodes.csv")]
+    assert [Every(5, now).due(9) for now in (0, 4, 6)] == [True, True, False]  # multiples, wherever a session began
     assert steps == sorted(steps) and steps[0] < 300 < steps[-1]
     assert f"going on with {first.run_dir}" in capsys.readouterr().err
 

@@ -108,7 +108,10 @@ class RANDAL:
     ) -> None:
         weights = dict(zip(TASKS, (PC if pixel_control else 0.0, RP, VR), strict=True))
         if weights["pixel_control"] > 0 and len(input_size) != 3:
-            raise UserError("pixel control needs pictures: --tasks.pixel-control 0 (pixel_control=False) goes without")
+            raise UserError(
+                "pixel control needs pictures, not numbers: the preset randal-cartpole, or --tasks.pixel-control 0 "
+                "(from Python: PC=0), goes without it"
+            )
         self.ppo, self.device = config, choose_device(config.device)
         self.input_size, self.num_actions = input_size, action_size
         self.intr_coeff, self.extr_coeff = intr_coeff, extr_coeff

@@ -86,7 +86,7 @@ class Every:
     """Says when a period of so many steps has passed; a period of 0 never does."""
 
     def __init__(self, period: int, now: int) -> None:
-        self._period, self._next = period, now + period
+        self._period, self._next = period, (now // max(period, 1) + 1) * period
 
     def due(self, now: int) -> bool:
         """Whether to act now."""
@@ -185,7 +185,8 @@ class RANDALTrainer:
         if resume is not None:
             self.run_dir = Path(resume)
             if changed := differences(load_run(self.run_dir), run):
-                raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(changed)}")
+                told = in_published_names("; ".join(changed))
+                raise UserError(f"{resume} was started with other settings, it cannot go on: {told}")
             state = checkpoint.load(self.run_dir)
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
