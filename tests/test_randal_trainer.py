@@ -86,7 +86,9 @@ def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
     trainer = RANDALTrainer(envs, agent, None, settings)
     trainer.train()
     assert trainer.run_config.env.id == "ALE/Gravitar-v5"
-    assert agent.num_updates > 0 and np.isfinite(rows(trainer.run_dir / "metrics.csv")[-1]["pixel_control_loss"])
+    assert agent.num_updates > 0
+    told = [row["pixel_control_loss"] for row in rows(trainer.run_dir / "metrics.csv")]
+    assert np.isfinite(told).any(), "a row that fell between two updates has none"
     names = {path.name for path in trainer.run_dir.iterdir()}
     assert names == {"config.json", "metrics.csv", "episodes.csv", "checkpoints"}
 
