@@ -87,8 +87,12 @@ def test_weight_0_builds_nothing_and_does_no_work() -> None:
         _, agent = build(settings(tasks, num_envs=2), probes.Remember)
         assert set(agent.tasks.heads) == {name} - {"value_replay"}
         assert agent.replay.num_rows >= 60
-    _, agent = build(settings(PPO_RND, num_envs=2, rnd=0.0), probes.Remember)
+    envs, agent = build(settings(PPO_RND, num_envs=2, rnd=0.0), probes.Remember)
     assert agent.curiosity is None and agent.rnd_optimizer is None
+    agent.tasks.see = agent.look = lambda *_: pytest.fail("nobody needs statistics of frames")
+    for _ in islice(play(envs, agent, 1), 17):
+        pass
+    assert agent.num_updates == 16
     assert len(agent.tasks.heads) == 0 and agent.tasks.losses() == {}
     assert agent.replay.num_rows == 16 + 1 + 3, "the rollout and its stacks"
     assert sum(p.numel() for p in agent.learners.parameters()) == sum(p.numel() for p in agent.policy.parameters())

@@ -253,7 +253,8 @@ class RANDAL:
                 self._rows.copy_(rows)
                 self.learn()
                 self._num_steps += 1
-        self.look()
+        if self.curiosity is not None or self.tasks.weights["pixel_control"] > 0:
+            self.look()
         done = settings.update_epochs * settings.num_minibatches
         self.num_updates += done
         self._step = 0
@@ -368,7 +369,8 @@ class RANDAL:
     def _see(self, frames: Tensor) -> None:
         if self.curiosity is not None:
             self.curiosity.obs_rms.update(frames)
-        self.tasks.see(frames)
+        if self.tasks.weights["pixel_control"] > 0:
+            self.tasks.see(frames)
 
     def _frames(self, positions: Tensor) -> Tensor:
         """What curiosity sees at flat positions (N,): (N, 1, 84, 84) or (N, n), as stored."""

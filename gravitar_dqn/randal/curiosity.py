@@ -32,7 +32,6 @@ class Curiosity(nn.Module):
         self, target_model: type[nn.Module], frame: tuple[int, ...], arguments: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        self.frame = frame
         self.target: Any = target_model(frame, trainable=False, **(arguments or {}))
         self.predictor = target_model(frame, trainable=True, **(arguments or {}))
         self.obs_rms = RunningMeanStd(frame)
