@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from gravitar_dqn import returns
 from gravitar_dqn.config import Config
-from gravitar_dqn.execution import choose_execution, choose_precision, prepare, restore_generator
-from gravitar_dqn.networks import make_q_network, stack_size
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.execution import (
+    choose_execution,
+    choose_precision,
+    prepare,
+    prepare_optimizer,
+    restore_generator,
+    set_learning_rate,
+)
+from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
 from gravitar_dqn.rnd import make_rnd
 from gravitar_dqn.tracking import warn
@@ -35,9 +43,7 @@ class DQNAgent:
 
     Args:
         config: the run's settings.
-        frame_shape: one observation without its stack, (84, 84) or (n,).
-        frame_dtype: torch.uint8 or torch.float32.
-        num_actions: size of the discrete action set.
+        spec: what the environments show and take.
         device: where networks, replay and all statistics live.
     """
 
@@ -47,27 +53,25 @@ class DQNAgent:
     def __init__(
         self,
         config: Config,
-        frame_shape: tuple[int, ...],
-        frame_dtype: torch.dtype,
-        num_actions: int,
+        spec: EnvSpec,
         device: torch.device,
     ) -> None:
         settings, num_envs = config.agent, config.env.num_envs
-        self.config, self.device, self.num_actions = config, device, num_actions
+        self.config, self.device = config, device
         self.replay = ReplayBuffer(
             settings.buffer_size,
             num_envs,
-            frame_shape,
-            frame_dtype,
-            stack=stack_size(frame_shape),
+            spec.frame_shape,
+            spec.frame_dtype,
+            stack=spec.stack,
             n_step=settings.n_step,
             padding=settings.stack_padding,
             priority_exponent=settings.priority_exponent,
             device=device,
         )
-        self.q_network = make_q_network(self.replay.obs_shape, num_actions).to(device)
+        self.q_network = make_q_network(spec.obs_shape, spec.num_actions, settings).to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        self.rnd = make_rnd(self.replay.obs_shape, num_envs, config.rnd)
+        self.rnd = make_rnd(spec.obs_shape, num_envs, config.rnd)
         graphs = choose_execution(config.execution, device) == "graphs"
         adam: dict[str, Any] = {"eps": settings.adam_epsilon, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), settings.learning_rate, **adam)
@@ -81,7 +85,7 @@ class DQNAgent:
         )
         self.messages: list[str] = []
         # What `_choose`, `_wonder`, `_learn` and `_distill` work on.
-        self._obs = torch.zeros((num_envs, *self.replay.obs_shape), dtype=frame_dtype, device=device)  # the newest
+        self._obs = torch.zeros((num_envs, *self.replay.obs_shape), dtype=spec.frame_dtype, device=device)  # the newest
         self._actions = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self._epsilons = torch.zeros(num_envs, device=device)
         self._played = torch.zeros(num_envs, dtype=torch.bool, device=device)
@@ -116,6 +120,11 @@ class DQNAgent:
         return returns.linear_schedule(settings.epsilon_start, ends, settings.epsilon_decay, self.clock)
 
     @property
+    def policy(self) -> nn.Module:
+        """The Q network that plays."""
+        return self.target_network if self.config.agent.policy == "target" else self.q_network
+
+    @property
     def epsilon(self) -> float:
         """Probability of a random action, averaged over the environments."""
         return float(self._schedule(self._epsilon_ends).mean())
@@ -146,7 +155,7 @@ class DQNAgent:
     @torch.no_grad()
     def _choose(self) -> None:
         with self._autocast:
-            q_values = self.q_network(self._obs)
+            q_values = self.policy(self._obs)
         self._actions.copy_(returns.epsilon_greedy(q_values, self._epsilons, self.generator))
 
     @profile
@@ -184,16 +193,32 @@ class DQNAgent:
             self._next_train = self.clock + settings.train_frequency
             return 0
         done = 0
+        self._set_learning_rate()
         while self.clock >= self._next_train:
             for _ in range(settings.gradient_steps):
                 self.gradient_step()
             done += settings.gradient_steps
             self._next_train += settings.train_frequency
-        if self.clock >= self._next_sync:
-            self.target_network.load_state_dict(self.q_network.state_dict())
-            self._next_sync = (self.clock // settings.target_network_frequency + 1) * settings.target_network_frequency
+        frequency = settings.target_network_frequency
+        if frequency > 0 and self.clock >= self._next_sync:
+            self._update_target_network()
+            self._next_sync = (self.clock // frequency + 1) * frequency
             self.messages.append("Matching network values")
         return done
+
+    def _set_learning_rate(self) -> None:
+        settings = self.config.agent
+        if settings.learning_rate_decay > 0:
+            done = min(self.global_step / settings.learning_rate_decay, 1.0)
+            rate = settings.learning_rate + done * (settings.learning_rate_end - settings.learning_rate)
+            set_learning_rate(self.optimizer, rate)
+
+    @torch.no_grad()
+    def _update_target_network(self) -> None:
+        """theta' <- theta' + tau (theta - theta')."""
+        ours: list[Tensor] = list(self.target_network.parameters())
+        online: list[Tensor] = list(self.q_network.parameters())
+        torch._foreach_lerp_(ours, online, self.config.agent.tau)
 
     def gradient_step(self) -> None:
         """One gradient step of the Q network, and one of the predictor's where it is due."""
@@ -213,6 +238,8 @@ class DQNAgent:
         if self.config.agent.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.q_network.parameters(), self.config.agent.max_grad_norm)
         self.optimizer.step()
+        if self.config.agent.target_network_frequency == 0:
+            self._update_target_network()
         self.replay.update_priorities(batch.rows, td_errors.abs() + 1e-6)
         self._loss_sums += torch.stack([loss.detach(), q_mean, torch.ones_like(q_mean)])
 
@@ -232,6 +259,11 @@ class DQNAgent:
 
     def _capture(self) -> None:
         """Decide how the four functions run; with graphs, capture them anew."""
+        settings, rnd = self.config.agent, self.config.rnd
+        changes = settings.learning_rate_decay > 0
+        prepare_optimizer(self.optimizer, settings.learning_rate, self._graphs, self.device, changes=changes)
+        if self.rnd_optimizer is not None:
+            prepare_optimizer(self.rnd_optimizer, rnd.learning_rate, self._graphs, self.device, changes=False)
         functions = (self._choose, self._wonder, self._learn, self._distill)
         self.choose, self.wonder, self.learn, self.distill = (
             prepare(function, self._graphs, self.generator, self.device, warn) for function in functions
@@ -285,12 +317,13 @@ class DQNAgent:
         }
 
     def policy_state(self) -> dict[str, Any]:
-        """The Q network's weights, for recordings."""
-        return self.q_network.state_dict()
+        """Weights of the network that plays, for recordings."""
+        return self.policy.state_dict()
 
     def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
         """All that learning depends on; the replay buffer only where asked for."""
         return {
+            "policy": self.policy_state(),  # one of the next two; torch stores it once
             "q_network": self.q_network.state_dict(),
             "target_network": self.target_network.state_dict(),
             "rnd": None if self.rnd is None else self.rnd.state_dict(),
@@ -313,9 +346,6 @@ class DQNAgent:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.rnd_optimizer is not None:
             self.rnd_optimizer.load_state_dict(state["rnd_optimizer"])
-        for optimizer in filter(None, (self.optimizer, self.rnd_optimizer)):
-            for group in optimizer.param_groups:
-                group["capturable"] = self._graphs  # the checkpoint's says how that run was executed
         restore_generator(self.generator, state["generator"], self.config.seed + state["clocks"]["global_step"])
         for name in CLOCKS:
             setattr(self, name, int(state["clocks"][name]))

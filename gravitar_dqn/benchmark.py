@@ -20,6 +20,7 @@ import torch
 from gravitar_dqn import peers, training
 from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import BenchConfig, UserError
+from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import choose_device, keep_freed_memory
 from gravitar_dqn.replay import ReplayBuffer, available_bytes, bytes_per_transition
 from gravitar_dqn.tracking import FRAMES_PER_STEP, tell, warn
@@ -109,7 +110,7 @@ def make_agent(settings: BenchConfig, device: torch.device, **changes: Any) -> D
     """An agent of the benchmark's settings, its replay buffer filled with noise."""
     config = replace(peers.our_config(settings.device, settings.num_envs), **changes)
     torch.manual_seed(config.seed)
-    agent = DQNAgent(config, FRAME, torch.uint8, NUM_ACTIONS, device)
+    agent = DQNAgent(config, EnvSpec(FRAME, torch.uint8, NUM_ACTIONS), device)
     fill(agent.replay, 3 * settings.num_envs * 8, agent.observe, agent.begin)
     return agent
 

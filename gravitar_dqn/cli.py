@@ -194,13 +194,13 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     config = load_run(arguments.run_dir)
     from gravitar_dqn import checkpoint
-    from gravitar_dqn.evaluation import load_policy, policy_weights, spaces_of
+    from gravitar_dqn.evaluation import load_policy, policy_weights
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import VideoError, record_game
 
     state = checkpoint.load(arguments.run_dir)
     network = load_policy(config, policy_weights(state))
-    look = make_look(config, state["agent"], network, spaces_of(config)[0]) if arguments.overlay else None
+    look = make_look(config, state["agent"], network) if arguments.overlay else None
     home = arguments.video_dir / arguments.run_dir.resolve().name
     for i in range(arguments.episodes):
         name = f"step_{state['agent']['clocks']['global_step']}_seed_{arguments.seed + i}"

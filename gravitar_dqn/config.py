@@ -56,7 +56,7 @@ class EnvConfig:
 class RNDConfig:
     """Curiosity: Random Network Distillation (Burda 2018)."""
 
-    coef: float = _bounded(0.1)
+    coef: float = _bounded(0.0)
     """Weight of the normalized bonus in the reward that is learned; 0 builds no curiosity at all."""
     variant: Literal["rnd", "notebook"] = "rnd"
     """`notebook` is the original's bonus with its faults: a predictor that never learns and sees 0..255."""
@@ -74,6 +74,16 @@ class RNDConfig:
 class DQNConfig:
     """Replay, Q-learning and exploration."""
 
+    network: Literal["layer_norm", "plain", "notebook"] = "layer_norm"
+    """layer_norm: 512 wide with LayerNorm, orthogonal, one linear layer each for value and advantages; plain: the same
+    without LayerNorm; notebook: the original's."""
+    ram_bits: bool = True
+    """RAM only: show the network every byte's bits too."""
+    ram_change: bool = True
+    """RAM only: show the network every byte's change since the step before too."""
+    policy: Literal["target", "online"] = "target"
+    """The network that plays, is evaluated and filmed: the averaged one, which does not change its mind at every
+    gradient step, or the one that learns."""
     buffer_size: int = _bounded(500_000, low=1)
     """Transitions the replay buffer can sample from."""
     learning_starts: int = _bounded(20_000)
@@ -88,25 +98,31 @@ class DQNConfig:
     """Clock units from one round of gradient steps to the next."""
     gradient_steps: int = _bounded(1, low=1)
     """Gradient steps in a round."""
-    target_network_frequency: int = _bounded(16_000, low=1)
-    """Clock units from one copy of the Q network into the target network to the next."""
-    learning_rate: float = _bounded(1e-4)
-    """Adam's, for the Q network."""
-    adam_epsilon: float = _bounded(1.5e-4)
+    target_network_frequency: int = _bounded(0)
+    """Clock units from one update of the target network to the next; 0: at every gradient step."""
+    tau: float = _bounded(0.005, high=1)
+    """Share of the Q network that goes into the target network at each of its updates; 1 copies."""
+    learning_rate: float = _bounded(2e-4)
+    """Adam's, for the Q network, at the start."""
+    learning_rate_end: float = _bounded(2e-4)
+    """After learning_rate_decay steps."""
+    learning_rate_decay: int = _bounded(0)
+    """Agent steps over which the learning rate changes linearly; 0: it stays."""
+    adam_epsilon: float = _bounded(1e-5)
     """Adam's denominator term."""
     max_grad_norm: float = _bounded(10.0)
     """The Q network's gradient is clipped to this norm; 0 never clips."""
-    gamma: float = _bounded(0.99, high=1)
+    gamma: float = _bounded(0.997, high=1)
     """Discount per step."""
-    n_step: int = _bounded(3, low=1)
+    n_step: int = _bounded(5, low=1)
     """Rewards summed before the bootstrap."""
     double_q: bool = True
     """The online network chooses the bootstrap action, the target network values it (van Hasselt 2016)."""
-    reward_scale: float = _bounded(0.01, low=-math.inf)
+    reward_scale: float = _bounded(0.004, low=-math.inf)
     """Multiplies the game's score before it is learned."""
     time_limit_is_terminal: bool = False
     """Treat a time-out as a death, as the notebook did. Right is False: a time-out bootstraps."""
-    priority_exponent: float = _bounded(0.5)
+    priority_exponent: float = _bounded(0.0)
     """Sampling probability ~ |TD error| ** this (Schaul 2015); 0 samples uniformly."""
     importance_exponent: float = _bounded(0.5)
     """Correction of the sampling bias: weight ~ (N * probability) ** -this."""
@@ -114,7 +130,7 @@ class DQNConfig:
     """Probability of a random action at the start."""
     epsilon_end: float = _bounded(0.4, high=1)
     """Probability of a random action after epsilon_decay clock units."""
-    epsilon_decay: int = _bounded(100_000, low=1)
+    epsilon_decay: int = _bounded(300_000, low=1)
     """Clock units over which epsilon falls linearly."""
     epsilon_ladder: float = _bounded(7.0)
     """Environment i of N ends at epsilon_end ** (1 + this * i / (N - 1)) (Horgan 2018); 0: all alike."""
@@ -292,26 +308,31 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             preset="breakout",
             env=EnvConfig(id="ALE/Breakout-v5"),
             agent=DQNConfig(reward_scale=1.0),
-            rnd=RNDConfig(coef=0.0),
         ),
         "gravitar-ram": replace(
             GRAVITAR,
             preset="gravitar-ram",
-            env=EnvConfig(obs_type="ram", num_envs=32),
-            agent=DQNConfig(batch_size=256, learning_rate=3e-4),
+            env=EnvConfig(obs_type="ram", num_envs=64),
+            agent=DQNConfig(
+                buffer_size=1_000_000, stack_padding="repeat", batch_size=512, train_frequency=64, gradient_steps=2
+            ),
         ),
         "cartpole": replace(
             GRAVITAR,
             preset="cartpole",
             env=EnvConfig(id="CartPole-v1", num_envs=4),
             agent=DQNConfig(
+                network="notebook",
+                policy="online",
                 buffer_size=50_000,
                 learning_starts=1_000,
                 batch_size=256,
                 train_frequency=2,
                 target_network_frequency=500,
+                tau=1.0,
                 learning_rate=2.5e-4,
                 adam_epsilon=1e-8,
+                gamma=0.99,
                 n_step=3,
                 reward_scale=0.1,
                 priority_exponent=0.0,
@@ -319,7 +340,6 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
                 epsilon_decay=5_000,
                 epsilon_ladder=0.0,
             ),
-            rnd=RNDConfig(coef=0.0),
             total_steps=300_000,
             precision="fp32",
         ),
@@ -328,6 +348,8 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             preset="notebook",
             env=EnvConfig(id="Gravitar-v0", num_envs=1),
             agent=DQNConfig(
+                network="notebook",
+                policy="online",
                 buffer_size=50_000,
                 learning_starts=2_000,
                 stack_padding="repeat",
@@ -336,7 +358,10 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
                 train_frequency=1,
                 gradient_steps=10,
                 target_network_frequency=100,
+                tau=1.0,
+                learning_rate=1e-4,
                 adam_epsilon=1e-8,
+                gamma=0.99,
                 max_grad_norm=0.0,
                 n_step=1,
                 double_q=False,

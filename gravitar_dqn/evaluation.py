@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gravitar_dqn import checkpoint, returns
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import RANDALConfig, RunConfig, UserError, load_run
-from gravitar_dqn.networks import make_q_network, stack_size
+from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError, load_run
+from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.randal.networks import make_actor_critic
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.tracking import FRAMES_PER_STEP
@@ -37,7 +37,7 @@ class Policy:
         self,
         config: RunConfig,
         network: nn.Module,
-        frame: tuple[tuple[int, ...], torch.dtype],
+        spec: games.EnvSpec,
         num_envs: int,
         *,
         epsilon: float,
@@ -45,15 +45,14 @@ class Policy:
         on_act: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         device = next(network.parameters()).device
-        shape, dtype = frame
         self.network = network
         self._stochastic = isinstance(config, RANDALConfig)
         self.frames = ReplayBuffer(
             num_envs,
             num_envs,
-            shape,
-            dtype,
-            stack=stack_size(shape),
+            spec.frame_shape,
+            spec.frame_dtype,
+            stack=spec.stack,
             padding=config.stack_padding,
             device=device,
         )
@@ -85,25 +84,20 @@ class Policy:
 
 def policy_weights(state: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint: the weights of the network that acts."""
-    agent = state["agent"]
-    weights: dict[str, Any] = agent["policy"] if "policy" in agent else agent["q_network"]
+    weights: dict[str, Any] = state["agent"]["policy"]
     return weights
-
-
-def spaces_of(config: RunConfig) -> tuple[tuple[int, ...], int]:
-    """Shape of an observation with its stack, and the number of actions, of a run's game."""
-    envs = games.make_envs(dataclasses.replace(config.env, num_envs=1))
-    shape, _ = games.frame_of(envs)
-    num_actions = games.num_actions_of(envs)
-    envs.close()
-    return (stack_size(shape), *shape) if stack_size(shape) > 1 else shape, num_actions
 
 
 def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
     """The network that acts, with these weights; UserError when they do not fit the game."""
-    obs_shape, num_actions = spaces_of(config)
-    make = make_actor_critic if isinstance(config, RANDALConfig) else make_q_network
-    network: nn.Module = make(obs_shape, num_actions).to(device)
+    spec = games.spec_of_game(config.env)
+    network: nn.Module
+    if isinstance(config, RANDALConfig):
+        network = make_actor_critic(spec.obs_shape, spec.num_actions)
+    else:
+        assert isinstance(config, Config)
+        network = make_q_network(spec.obs_shape, spec.num_actions, config.agent)
+    network.to(device)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -179,7 +173,7 @@ def evaluate(run_dir: Path, *, episodes: int, epsilon: float, seed: int, device:
     state = checkpoint.load(run_dir)
     network = load_policy(config, policy_weights(state), device)
     envs = games.make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
-    policy = Policy(config, network, games.frame_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
+    policy = Policy(config, network, games.spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
     result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"]["global_step"])

@@ -125,6 +125,30 @@ def prepare(
     return Graphed(function, generator, device, warn) if graphs else function
 
 
+def prepare_optimizer(
+    optimizer: torch.optim.Optimizer, learning_rate: float, graphs: bool, device: torch.device, *, changes: bool
+) -> None:
+    """Make an optimizer, new or from a checkpoint, ready for how its run is executed now.
+
+    `changes`: its learning rate will, so that a CUDA graph must read it from a tensor.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = graphs  # a checkpoint's says how that run was executed
+        group["lr"] = torch.tensor(learning_rate, device=device) if graphs and changes else learning_rate
+    for state in optimizer.state.values():
+        if graphs and "step" in state:
+            state["step"] = state["step"].to(device)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Change it; inside a CUDA graph it is a tensor that stays where it is."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
 def restore_generator(generator: torch.Generator, state: torch.Tensor, seed: int) -> None:
     """Go on with saved random numbers; from `seed` where they were another kind of device's, which cannot go on."""
     try:

@@ -12,12 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gravitar_dqn.config import DQNConfig
+
 CONV_FEATURES = 3136  # 64 channels of 7x7 after the three convolutions on 84x84
+WIDTH = 512  # of hidden layers
 
 
 def scale_pixels(obs: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]; other types pass as float32."""
     return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
+
+
+def newest_of(obs: Tensor) -> Tensor:
+    """The newest frame of observations: (N, 4, 84, 84) -> (N, 1, 84, 84); (N, 2, 128) -> (N, 128); (N, n) as it is."""
+    return obs[:, -1:] if obs.dim() == 4 else obs[:, -1] if obs.dim() == 3 else obs
+
+
+def newest_shape(obs_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one of `newest_of`'s: (1, 84, 84), (128,) or (n,)."""
+    return (1, *obs_shape[1:]) if len(obs_shape) == 3 else obs_shape[-1:]
 
 
 BLOCK = 4  # the first convolution's stride
@@ -57,6 +70,14 @@ class PixelConv2d(nn.Conv2d):
         return F.conv2d(space_to_depth(x, dtype), blocks, self.bias)
 
 
+class ScalePixels(nn.Module):
+    """`scale_pixels` as a layer."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """uint8 -> float32 in [0, 1]; other types pass as float32."""
+        return scale_pixels(obs)
+
+
 class FlattenLast(nn.Module):
     """(B, channels, height, width) -> (B, height * width * channels): no copy of a channels_last tensor."""
 
@@ -76,6 +97,37 @@ def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Seque
         activation(),
         FlattenLast(),
     )
+
+
+class RamEncoder(nn.Module):
+    """The console's RAM as numbers: (B, 2, 128) uint8, the step before and now -> (B, features).
+
+    The bytes / 255, how they changed since the step before / 64, and their 1 024 bits: which of a byte's bits are
+    flags and which are digits is the game's secret.
+
+    Args:
+        bits: whether to show the bits too.
+        change: whether to show the change.
+    """
+
+    table: Tensor
+
+    def __init__(self, obs_shape: tuple[int, ...], *, bits: bool = True, change: bool = True) -> None:
+        super().__init__()
+        self.bits, self.change = bits, change
+        self.features = obs_shape[1] * (1 + change + 8 * bits)
+        table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1  # (256, 8)
+        self.register_buffer("table", table.float(), persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """As numbers between -4 and 4."""
+        before, now = obs.float().unbind(1)
+        parts = [now / 255]
+        if self.change:
+            parts.append((now - before) / 64)
+        if self.bits:
+            parts.append(F.embedding(obs[:, 1].int(), self.table).flatten(1))
+        return torch.cat(parts, dim=1)
 
 
 def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -123,7 +175,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q values (B, num_actions) of obs (B, inputs)."""
-        return fp32_last(self.layers, scale_pixels(obs))
+        return fp32_last(self.layers, scale_pixels(obs).flatten(1))
 
 
 class DuelingConvQNetwork(nn.Module):
@@ -138,6 +190,44 @@ class DuelingConvQNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q values (B, num_actions) of obs (B, channels, 84, 84) uint8."""
+        features = self.trunk(obs)
+        advantages = fp32_last(self.advantage, features)
+        return fp32_last(self.value, features) + advantages - advantages.mean(dim=1, keepdim=True)
+
+
+def dense_block(inputs: int, outputs: int, *, layer_norm: bool) -> list[nn.Module]:
+    """Linear, LayerNorm (Gallici 2024: it keeps Q-learning from diverging) and ReLU."""
+    return [nn.Linear(inputs, outputs), nn.LayerNorm(outputs) if layer_norm else nn.Identity(), nn.ReLU()]
+
+
+def dense_trunk(obs_shape: tuple[int, ...], encoder: nn.Module | None, *, layer_norm: bool = True) -> nn.Sequential:
+    """512 features of pictures, RAM (through its encoder) or vectors, orthogonally initialized: -> (B, 512)."""
+    if len(obs_shape) == 3:
+        layers = [conv_trunk(obs_shape[0]), *dense_block(CONV_FEATURES, WIDTH, layer_norm=layer_norm)]
+    else:
+        encoder = encoder or ScalePixels()
+        inputs = int(getattr(encoder, "features", obs_shape[0]))
+        layers = [encoder, *dense_block(inputs, WIDTH, layer_norm=layer_norm)]
+        layers += dense_block(WIDTH, WIDTH, layer_norm=layer_norm)
+    trunk = nn.Sequential(*layers)
+    orthogonal_init(trunk)
+    channels_last(trunk)
+    return trunk
+
+
+class DuelingQNetwork(nn.Module):
+    """Q = V + A - mean(A) (Wang 2016), one linear layer each, of a trunk with 512 features."""
+
+    def __init__(self, trunk: nn.Sequential, num_actions: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.value = nn.Sequential(nn.Linear(WIDTH, 1))
+        self.advantage = nn.Sequential(nn.Linear(WIDTH, num_actions))
+        orthogonal_init(self.value, gain=1.0)
+        orthogonal_init(self.advantage, gain=0.01)  # at first no action looks better than another
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Q values (B, num_actions), fp32, of obs (B, *obs_shape)."""
         features = self.trunk(obs)
         advantages = fp32_last(self.advantage, features)
         return fp32_last(self.value, features) + advantages - advantages.mean(dim=1, keepdim=True)
@@ -167,13 +257,11 @@ class IntrinsicNetwork(nn.Module):
         return features
 
 
-def stack_size(frame_shape: tuple[int, ...]) -> int:
-    """Frames in an observation: four for images (84, 84), one for vectors (n,)."""
-    return 4 if len(frame_shape) == 2 else 1
-
-
-def make_q_network(obs_shape: tuple[int, ...], num_actions: int) -> nn.Module:
-    """The Q network for stacks (channels, 84, 84) or for vectors (inputs,)."""
-    if len(obs_shape) == 3:
-        return DuelingConvQNetwork(obs_shape[0], num_actions)
-    return QNetwork(obs_shape[0], num_actions)
+def make_q_network(obs_shape: tuple[int, ...], num_actions: int, config: DQNConfig) -> nn.Module:
+    """The Q network that the settings ask for, for pictures (4, 84, 84), RAM (2, 128) or vectors (n,)."""
+    if config.network == "notebook":
+        if len(obs_shape) == 3:
+            return DuelingConvQNetwork(obs_shape[0], num_actions)
+        return QNetwork(math.prod(obs_shape), num_actions)
+    encoder = RamEncoder(obs_shape, bits=config.ram_bits, change=config.ram_change) if len(obs_shape) == 2 else None
+    return DuelingQNetwork(dense_trunk(obs_shape, encoder, layer_norm=config.network == "layer_norm"), num_actions)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gravitar_dqn.config import Config, RANDALConfig, RunConfig
+from gravitar_dqn.envs import spec_of_game
+from gravitar_dqn.networks import newest_of, newest_shape
 from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes, newest_frame, newest_of
+from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes
 from gravitar_dqn.randal.tasks import AuxiliaryTasks, task_weights
 from gravitar_dqn.rnd import make_rnd
 
@@ -125,8 +127,9 @@ def _write(block: Picture, text: str) -> None:
     cv2.putText(block, text, (10, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
 
 
-def make_look(config: RunConfig, state: dict[str, Any], network: nn.Module, obs_shape: tuple[int, ...]) -> Look:
+def make_look(config: RunConfig, state: dict[str, Any], network: nn.Module) -> Look:
     """What the agent of a checkpoint's `state` makes of observations; `network` is the one that acts."""
+    obs_shape = spec_of_game(config.env).obs_shape
     if isinstance(config, RANDALConfig):
         assert isinstance(network, PPOIntrinsic)
         return _look_of_randal(config, state, network, obs_shape)
@@ -150,7 +153,7 @@ def _look_of_randal(
     tasks.load_state_dict(state["tasks"])
     curiosity: Curiosity | None = None
     if config.rnd.coef != 0:
-        curiosity = Curiosity(network_classes(obs_shape)[1], newest_frame(obs_shape))
+        curiosity = Curiosity(network_classes(obs_shape)[1], newest_shape(obs_shape))
         curiosity.attach(config.env.num_envs, config.rnd.gamma)
         curiosity.load_state_dict(state["curiosity"])
 

@@ -104,7 +104,7 @@ def record_game(
             overlay = Overlay(look, games.action_names(env))
         with mp4_writer(path, fps) as append:
             on_act = None if overlay is None else overlay.see
-            policy = Policy(config, network, games.frame_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
+            policy = Policy(config, network, games.spec_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
             return play_games(env, policy, 1, seed)[0]
     except ImportError as error:
         raise VideoError(f"no video: {error}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gravitar_dqn.config import RNDConfig
-from gravitar_dqn.networks import IntrinsicNetwork, scale_pixels
+from gravitar_dqn.networks import IntrinsicNetwork, newest_of, newest_shape, scale_pixels
 from gravitar_dqn.returns import masked_mean
 
 
@@ -83,7 +83,7 @@ class RND(nn.Module):
 
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
         super().__init__()
-        frame_shape = (1, *obs_shape[1:]) if len(obs_shape) == 3 else obs_shape
+        frame_shape = newest_shape(obs_shape)
         self.config = config
         self.target = IntrinsicNetwork(frame_shape, predictor=False)
         self.predictor = IntrinsicNetwork(frame_shape, predictor=True)
@@ -97,7 +97,7 @@ class RND(nn.Module):
         with torch.no_grad():
             ready = played & self.ready
             bonus = self.errors(obs) * ready
-        self.obs_rms.update(self._newest(obs), played)  # after the bonus, which used the old statistics
+        self.obs_rms.update(newest_of(obs).float(), played)  # after the bonus, which used the old statistics
         self.reward_rms.update(self.forward_filter.update(bonus, ready), ready)
         return bonus
 
@@ -112,7 +112,7 @@ class RND(nn.Module):
 
     def errors(self, obs: Tensor) -> Tensor:
         """Mean squared error (B,) over the 512 features, with the predictor's gradient."""
-        z = (self._newest(obs) - self.obs_rms.mean.float()) / self.obs_rms.std
+        z = (newest_of(obs).float() - self.obs_rms.mean.float()) / self.obs_rms.std
         z = z.clamp(-5, 5)
         with torch.no_grad():
             target = self.target(z).float()
@@ -124,11 +124,6 @@ class RND(nn.Module):
         errors = self.errors(obs)
         self.updates += 1
         return errors.mean(), errors.detach() * self.ready
-
-    @staticmethod
-    def _newest(obs: Tensor) -> Tensor:
-        """The newest frame of a stack, (B, 1, 84, 84), or the vector itself; float, not divided by 255."""
-        return (obs[:, -1:] if obs.dim() == 4 else obs).float()
 
 
 class NotebookRND(nn.Module):

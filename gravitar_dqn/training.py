@@ -260,14 +260,13 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     games.find_game(config.env)
     tell(f"starting {config.env.num_envs} games of {config.env.id}")  # many take some seconds
     envs = games.make_envs(config.env)
-    frame_shape, frame_dtype = games.frame_of(envs)
-    num_actions = games.num_actions_of(envs)
+    spec = games.spec_of(envs)
     if isinstance(config, RANDALConfig):
-        tell(plan_replay(config, frame_shape, frame_dtype, device))
-        return envs, make_randal(config, frame_shape, frame_dtype, num_actions)
+        tell(plan_replay(config, spec, device))
+        return envs, make_randal(config, spec)
     assert isinstance(config, Config)
-    tell(plan_memory(config.agent.buffer_size, frame_shape, frame_dtype, device))
-    return envs, DQNAgent(config, frame_shape, frame_dtype, num_actions, device)
+    tell(plan_memory(config.agent.buffer_size, spec.frame_shape, spec.frame_dtype, device))
+    return envs, DQNAgent(config, spec, device)
 
 
 def check_execution(config: RunConfig, device: torch.device) -> None:

@@ -118,7 +118,7 @@ def vector_of(env: type[gym.Env], num_envs: int) -> SyncVectorEnv:
 def check_overlap(config: Config, device: str, steps: int) -> DQNAgent:
     """Learn while the emulator plays; assert that exactly the frames it showed are stored, and return the agent."""
     envs = games.make_envs(config.env)
-    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device(device))
+    agent = DQNAgent(config, games.spec_of(envs), torch.device(device))
     shown, recv = [], envs.recv
 
     def watched() -> Any:

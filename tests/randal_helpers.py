@@ -41,7 +41,7 @@ def build(config: RANDALConfig, probe: type) -> tuple[Any, RANDAL]:
     """Probe environments and a new agent for them."""
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, make_randal(config, *games.frame_of(envs), games.num_actions_of(envs))
+    return envs, make_randal(config, games.spec_of(envs))
 
 
 def learn(config: RANDALConfig, probe: type, steps: int) -> RANDAL:

@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 def settings(**changes: Any) -> Config:
     """A small learner; `changes` go to its DQNConfig."""
     agent = DQNConfig(
-        buffer_size=1_000, learning_starts=100, batch_size=32, train_frequency=4, target_network_frequency=100,
+        network="notebook", policy="online", buffer_size=1_000, learning_starts=100, batch_size=32, train_frequency=4,
+        target_network_frequency=100, tau=1.0,
         learning_rate=2e-3, adam_epsilon=1e-8, gamma=0.5, n_step=1, reward_scale=1.0, priority_exponent=0.0,
         epsilon_start=1.0, epsilon_end=1.0, epsilon_ladder=0.0,
     )  # fmt: skip
@@ -35,7 +36,7 @@ def settings(**changes: Any) -> Config:
 def build(config: Config, probe: type) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), CPU)
+    return envs, DQNAgent(config, games.spec_of(envs), CPU)
 
 
 def learn(config: Config, probe: type, steps: int) -> DQNAgent:

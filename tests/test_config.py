@@ -152,8 +152,8 @@ def test_a_buffer_that_could_never_start_learning_is_refused() -> None:
     with pytest.raises(UserError, match="buffer_size is 20000: learning would never begin, it must be above 20000"):
         validate(config)
     validate(changed(config, "agent.learning_starts", 19_999))
-    with pytest.raises(UserError, match="must be above 384"):  # three steps of 128 environments
-        validate(changed(changed(config, "agent.learning_starts", 0), "agent.buffer_size", 384))
+    with pytest.raises(UserError, match="must be above 640"):  # five steps of 128 environments
+        validate(changed(changed(config, "agent.learning_starts", 0), "agent.buffer_size", 640))
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ class Played:
 
 def play(env: Any, steps: int, *, seed: int = 0, action_seed: int = 9) -> Played:
     """Random actions for `steps` steps; closes the environment."""
-    rng, shape = np.random.default_rng(action_seed), (env.num_envs, *games.frame_of(env)[0])
+    rng, shape = np.random.default_rng(action_seed), (env.num_envs, *games.spec_of(env).frame_shape)
     obs, _ = env.reset(seed=seed)
     frames, told = [obs.reshape(shape).copy()], []
     for _ in range(steps):
-        obs, *rest, _ = env.step(rng.integers(0, games.num_actions_of(env), env.num_envs))
+        obs, *rest, _ = env.step(rng.integers(0, games.spec_of(env).num_actions, env.num_envs))
         frames.append(obs.reshape(shape).copy())
         told.append([np.copy(values) for values in rest])
     env.close()
@@ -185,10 +185,11 @@ def test_sticky_actions_reach_the_emulator() -> None:
 )
 def test_presets_and_any_other_game_by_its_id(config: EnvConfig, frame: object, actions: int) -> None:
     env = games.make_envs(replace(config, num_envs=2))
-    assert (games.frame_of(env), games.num_actions_of(env)) == (frame, actions)
+    spec = games.spec_of(env)
+    assert ((spec.frame_shape, spec.frame_dtype), spec.num_actions) == (frame, actions)
     played = play(env, 3)
-    assert played.obs.shape == (4, 2, *games.frame_of(env)[0])
-    assert torch.from_numpy(played.obs).dtype == games.frame_of(env)[1]
+    assert played.obs.shape == (4, 2, *games.spec_of(env).frame_shape)
+    assert torch.from_numpy(played.obs).dtype == games.spec_of(env).frame_dtype
 
 
 @pytest.mark.parametrize(

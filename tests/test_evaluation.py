@@ -12,6 +12,7 @@ from run_helpers import CARTPOLE, train
 
 from gravitar_dqn import cli
 from gravitar_dqn.config import PRESETS, UserError
+from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.evaluation import (
     Policy,
     bootstrap_interval,
@@ -186,7 +187,7 @@ def test_evaluating_a_run_writes_eval_json_and_prints_a_table(
 @pytest.mark.parametrize(("padding", "start"), [("zero", [0, 0, 0]), ("repeat", [10, 10, 10])])
 def test_the_policy_sees_the_four_newest_frames_of_its_game(padding: Any, start: list[int]) -> None:
     config = replace(PRESETS["gravitar"], agent=replace(PRESETS["gravitar"].agent, stack_padding=padding))
-    policy = Policy(config, torch.nn.Linear(1, 1), ((84, 84), torch.uint8), 2, epsilon=0.0, seed=0)
+    policy = Policy(config, torch.nn.Linear(1, 1), EnvSpec((84, 84), torch.uint8, 18), 2, epsilon=0.0, seed=0)
 
     def frames(value: int) -> Any:
         return np.stack([np.full((84, 84), value, dtype=np.uint8), np.full((84, 84), 2 * value, dtype=np.uint8)])

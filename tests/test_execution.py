@@ -25,9 +25,19 @@ from gravitar_dqn.training import play
 CONFIG = Config(
     env=EnvConfig(num_envs=4),
     agent=DQNConfig(
-        buffer_size=400, learning_starts=30, batch_size=16, train_frequency=4, epsilon_decay=60, learning_rate=1e-3
+        buffer_size=400,
+        learning_starts=30,
+        batch_size=16,
+        train_frequency=4,
+        epsilon_decay=60,
+        learning_rate=1e-3,
+        n_step=3,
+        gamma=0.99,
+        priority_exponent=0.5,
+        policy="online",
+        network="notebook",
     ),
-    rnd=RNDConfig(init_updates=2, update_frequency=2),
+    rnd=RNDConfig(coef=0.1, init_updates=2, update_frequency=2),
     precision="fp32",
 )
 
@@ -115,7 +125,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
 def trained(config: Config, steps: int) -> DQNAgent:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probes.Remember, config.env.num_envs)
-    agent = DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device("cpu"))
+    agent = DQNAgent(config, games.spec_of(envs), torch.device("cpu"))
     for _ in islice(play(envs, agent, 1), steps):
         pass
     return agent

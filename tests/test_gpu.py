@@ -30,7 +30,7 @@ CONFIG = Config(
 def build(config: Config, device: str) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probes.Remember, config.env.num_envs)
-    return envs, DQNAgent(config, *games.frame_of(envs), games.num_actions_of(envs), torch.device(device))
+    return envs, DQNAgent(config, games.spec_of(envs), torch.device(device))
 
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])

@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"config", "returns", "networks", "visdom_files"},
-    {"execution", "replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server", "randal.networks"},
+    {"config", "returns", "visdom_files"},
+    {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
+    {"rnd", "randal.networks"},
     {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
     {"randal.agent", "overlay"},
     {"recording"},

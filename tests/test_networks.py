@@ -1,12 +1,20 @@
 """Shapes, parameters and equations of the specified networks."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gravitar_dqn.networks import DuelingConvQNetwork, IntrinsicNetwork, QNetwork, make_q_network, scale_pixels
+from gravitar_dqn.config import DQNConfig
+from gravitar_dqn.networks import (
+    DuelingConvQNetwork,
+    DuelingQNetwork,
+    IntrinsicNetwork,
+    QNetwork,
+    RamEncoder,
+    make_q_network,
+    scale_pixels,
+)
 
 
 def layers_of(network: nn.Module) -> list[tuple[int, ...]]:
@@ -64,6 +72,35 @@ def test_bytes_are_scaled_and_floats_are_not() -> None:
 
 
 def test_the_network_fits_the_observation() -> None:
-    assert isinstance(make_q_network((4, 84, 84), 18), DuelingConvQNetwork)
-    assert isinstance(make_q_network((128,), 18), QNetwork)
-    assert math.prod(make_q_network((4,), 2)(torch.zeros(5, 4)).shape) == 10
+    notebook = DQNConfig(network="notebook")
+    assert isinstance(make_q_network((4, 84, 84), 18, notebook), DuelingConvQNetwork)
+    assert isinstance(make_q_network((2, 128), 18, notebook), QNetwork)
+    for shape, dtype in (((4, 84, 84), torch.uint8), ((2, 128), torch.uint8), ((4,), torch.float32)):
+        for network in ("layer_norm", "plain", "notebook"):
+            q_network = make_q_network(shape, 3, DQNConfig(network=network))
+            assert q_network(torch.zeros(5, *shape, dtype=dtype)).shape == (5, 3)
+            assert isinstance(q_network, DuelingQNetwork) == (network != "notebook")
+            assert any(isinstance(m, nn.LayerNorm) for m in q_network.modules()) == (network == "layer_norm")
+
+
+def test_the_recipes_networks_are_as_described() -> None:
+    config = DQNConfig()
+    assert layers_of(make_q_network((4, 84, 84), 18, config)) == [*CONVOLUTIONS, (512, 3136), (1, 512), (18, 512)]
+    assert layers_of(make_q_network((2, 128), 18, config)) == [(512, 1280), (512, 512), (1, 512), (18, 512)]
+    q_values = make_q_network((2, 128), 18, config)(torch.randint(0, 256, (64, 2, 128), dtype=torch.uint8))
+    assert q_values.std(dim=1).max() < 0.1 < q_values.mean(dim=1).std(), "at first values differ, actions hardly"
+
+
+@pytest.mark.parametrize(("bits", "change", "features"), [(True, True, 1280), (True, False, 1152), (False, True, 256)])
+def test_ram_is_shown_as_bytes_changes_and_bits(bits: bool, change: bool, features: int) -> None:
+    obs = torch.randint(0, 256, (3, 2, 128), dtype=torch.uint8)
+    encoder = RamEncoder((2, 128), bits=bits, change=change)
+    shown = encoder(obs).numpy()
+    assert shown.shape == (3, features) and encoder.features == features
+    before, now = obs.numpy().astype(np.float32).swapaxes(0, 1)
+    expected = [now / 255]
+    if change:
+        expected.append((now - before) / 64)
+    if bits:
+        expected.append(np.unpackbits(obs[:, 1].numpy(), axis=1, bitorder="little"))
+    np.testing.assert_allclose(shown, np.concatenate(expected, axis=1), atol=1e-6)

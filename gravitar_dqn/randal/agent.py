@@ -24,10 +24,19 @@ from torch import Tensor, nn
 
 from gravitar_dqn import returns
 from gravitar_dqn.config import RANDALConfig, UserError
-from gravitar_dqn.execution import choose_device, choose_execution, choose_precision, prepare, restore_generator
-from gravitar_dqn.networks import stack_size
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.execution import (
+    choose_device,
+    choose_execution,
+    choose_precision,
+    prepare,
+    prepare_optimizer,
+    restore_generator,
+    set_learning_rate,
+)
+from gravitar_dqn.networks import newest_of, newest_shape
 from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes, newest_frame, newest_of
+from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes
 from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks, task_weights
 from gravitar_dqn.replay import Bools, ReplayBuffer, plan_memory
 from gravitar_dqn.tracking import METRICS, warn
@@ -128,10 +137,10 @@ class RANDAL:
         self.curiosity: Curiosity | None = None
         self.rnd_optimizer: torch.optim.Optimizer | None = None
         if intr_coeff != 0:
-            self.curiosity = Curiosity(target_model, newest_frame(input_size), RND_args).to(self.device)
+            self.curiosity = Curiosity(target_model, newest_shape(input_size), RND_args).to(self.device)
             self.rnd_optimizer = optimizer_of(self.curiosity.predictor)
 
-    def attach(self, config: RANDALConfig, frame_shape: tuple[int, ...], frame_dtype: torch.dtype) -> RANDAL:
+    def attach(self, config: RANDALConfig, spec: EnvSpec) -> RANDAL:
         """Get ready for a run: replay buffer, rollout, clocks, random numbers. Gives itself."""
         settings, num_envs, device = config.agent, config.env.num_envs, self.device
         steps, rows = settings.num_steps, settings.num_steps * num_envs
@@ -142,9 +151,9 @@ class RANDAL:
         self.replay = ReplayBuffer(
             replay_steps(config) * num_envs,
             num_envs,
-            frame_shape,
-            frame_dtype,
-            stack=stack_size(frame_shape),
+            spec.frame_shape,
+            spec.frame_dtype,
+            stack=spec.stack,
             n_step=config.tasks.window if any(self.tasks.weights.values()) else 1,
             padding=config.stack_padding,
             device=device,
@@ -161,7 +170,7 @@ class RANDAL:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._obs = zeros(num_envs, *self.replay.obs_shape, dtype=frame_dtype)  # the newest
+        self._obs = zeros(num_envs, *self.replay.obs_shape, dtype=spec.frame_dtype)  # the newest
         self._actions = zeros(num_envs, dtype=torch.int64)
         self._chosen = zeros(3, num_envs)  # of the newest actions: log-probability and both values
         self._kept = zeros(steps + 1, 3, num_envs)  # the same of the rollout, and the values after it
@@ -374,27 +383,18 @@ class RANDAL:
 
     def _frames(self, positions: Tensor) -> Tensor:
         """What curiosity sees at flat positions (N,): (N, 1, 84, 84) or (N, n), as stored."""
-        return self.replay.frames[positions].view(-1, *newest_frame(self.input_size))
+        return self.replay.frames[positions].view(-1, *newest_shape(self.input_size))
 
     def _set_learning_rate(self) -> None:
         done = min(self.global_step / self.ppo.decay_steps, 1.0) if self.ppo.decay_steps else 0.0
         self.learning_rate = self.ppo.lr + done * (self.ppo.lr_final - self.ppo.lr)
         for optimizer in filter(None, (self.optimizer, self.rnd_optimizer)):
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):  # inside a CUDA graph
-                    group["lr"].fill_(self.learning_rate)
-                else:
-                    group["lr"] = self.learning_rate
+            set_learning_rate(optimizer, self.learning_rate)
 
     def _capture(self) -> None:
         """Decide how the four functions run; with graphs, capture them anew."""
         for optimizer in filter(None, (self.optimizer, self.rnd_optimizer)):
-            for group in optimizer.param_groups:
-                group["capturable"] = self._graphs  # a checkpoint's says how that run was executed
-                group["lr"] = torch.tensor(self.ppo.lr, device=self.device) if self._graphs else self.ppo.lr
-            for state in optimizer.state.values():
-                if self._graphs and "step" in state:
-                    state["step"] = state["step"].to(self.device)
+            prepare_optimizer(optimizer, self.ppo.lr, self._graphs, self.device, changes=True)
         self._set_learning_rate()
         functions = (self._choose, self._finish, self._learn, self._look)
         self.choose, self.finish, self.learn, self.look = (
@@ -482,26 +482,21 @@ def replay_steps(config: RANDALConfig) -> int:
     return max(config.tasks.replay_length, steps) if any(task_weights(config).values()) else steps
 
 
-def plan_replay(
-    config: RANDALConfig, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, device: torch.device
-) -> str:
+def plan_replay(config: RANDALConfig, spec: EnvSpec, device: torch.device) -> str:
     """A line with the replay buffer's size, to print before it is allocated; UserError when it would not fit."""
     steps, num_envs = replay_steps(config), config.env.num_envs
     setting = "--agent.num-steps" if steps == config.agent.num_steps else "--tasks.replay-length"
-    return plan_memory(steps * num_envs, frame_shape, frame_dtype, device, setting, num_envs)
+    return plan_memory(steps * num_envs, spec.frame_shape, spec.frame_dtype, device, setting, num_envs)
 
 
-def make_randal(
-    config: RANDALConfig, frame_shape: tuple[int, ...], frame_dtype: torch.dtype, num_actions: int
-) -> RANDAL:
+def make_randal(config: RANDALConfig, spec: EnvSpec) -> RANDAL:
     """The agent that a run's settings ask for, attached."""
     settings, tasks = config.agent, config.tasks
-    input_size = (stack_size(frame_shape), *frame_shape) if len(frame_shape) == 2 else frame_shape
     adam = settings.optimizer == "adam"
     agent = RANDAL(
-        *network_classes(input_size),
-        input_size,
-        num_actions,
+        *network_classes(spec.obs_shape),
+        spec.obs_shape,
+        spec.num_actions,
         PPOConfig(
             lr=settings.learning_rate,
             lr_final=settings.learning_rate_end,
@@ -519,4 +514,4 @@ def make_randal(
         optim=torch.optim.Adam if adam else torch.optim.RMSprop,
         optim_args={"fused": True} if adam else {"eps": 1e-5},
     )
-    return agent.attach(config, frame_shape, frame_dtype)
+    return agent.attach(config, spec)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from gravitar_dqn.networks import (
     CONV_FEATURES,
+    WIDTH,
+    RamEncoder,
     channels_last,
     conv_trunk,
+    dense_trunk,
     fp32_last,
     mlp,
     orthogonal_init,
@@ -47,6 +50,20 @@ class MLP(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """See the class."""
         features: Tensor = self.layers(scale_pixels(obs)).tanh()
+        return features
+
+
+class RamMLP(nn.Module):
+    """The trunk for the console's RAM, DQN's own: (N, 2, 128) uint8 -> (N, dense_size)."""
+
+    def __init__(self, input_size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dense_size = WIDTH
+        self.layers = dense_trunk(input_size, RamEncoder(input_size))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """See the class."""
+        features: Tensor = self.layers(obs)
         return features
 
 
@@ -173,20 +190,11 @@ def _more(dense_size: int, trainable: bool) -> nn.Module:
 
 
 def make_actor_critic(input_size: tuple[int, ...], action_size: int) -> PPOIntrinsic:
-    """The network of the presets, for stacks (4, 84, 84) or for vectors (n,)."""
+    """The network of the presets, for stacks (4, 84, 84), RAM (2, 128) or vectors (n,)."""
     return PPOIntrinsic(network_classes(input_size)[0], input_size, action_size)
 
 
 def network_classes(input_size: tuple[int, ...]) -> tuple[type[nn.Module], type[nn.Module]]:
-    """The presets' classes of trunk and of curiosity's networks, for stacks (4, 84, 84) or for vectors (n,)."""
-    return (NatureCNN, PredictorCNN) if len(input_size) == 3 else (MLP, PredictorMLP)
-
-
-def newest_of(obs: Tensor) -> Tensor:
-    """The newest frame of stacks, (N, 4, 84, 84) -> (N, 1, 84, 84); vectors (N, n) as they are."""
-    return obs[:, -1:] if obs.dim() == 4 else obs
-
-
-def newest_frame(input_size: tuple[int, ...]) -> tuple[int, ...]:
-    """What curiosity sees of an observation: (1, 84, 84) of a stack, a whole vector."""
-    return (1, *input_size[1:]) if len(input_size) == 3 else input_size
+    """The presets' classes of trunk and of curiosity's networks, for (4, 84, 84), RAM (2, 128) or vectors (n,)."""
+    trunk = (MLP, RamMLP, NatureCNN)[len(input_size) - 1]
+    return trunk, PredictorCNN if len(input_size) == 3 else PredictorMLP

@@ -112,9 +112,9 @@ class Validator:
     def validate(self) -> float:
         """The mean score of `num_val_episodes` games."""
         agent, config = self._agent, self._config
-        frame = games.frame_of(self._envs)
+        spec = games.spec_of(self._envs)
         seed = self._run.seed + agent.global_step
-        policy = Policy(self._run, agent.policy, frame, self._envs.num_envs, epsilon=0.0, seed=seed)
+        policy = Policy(self._run, agent.policy, spec, self._envs.num_envs, epsilon=0.0, seed=seed)
         scores = np.array(play_games(self._envs, policy, config.num_val_episodes, seed, config.max_val_steps))
         told = [f"{value:g}" for value in (scores.mean(), scores.std(), scores.min(), scores.max())]
         self._log.add([agent.global_step, *told])
@@ -191,9 +191,9 @@ class RANDALTrainer:
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
-        frame = games.frame_of(self.envs)
-        tell(plan_replay(run, *frame, agent.device))
-        agent.attach(run, *frame)
+        spec = games.spec_of(self.envs)
+        tell(plan_replay(run, spec, agent.device))
+        agent.attach(run, spec)
         if state:
             training.restore(agent, state.pop("agent"), self.run_dir)
         further: list[Observer] = []
@@ -230,15 +230,14 @@ def check_fit(envs: Any, agent: RANDAL) -> None:
     mode = envs.metadata.get("autoreset_mode")
     if mode != AutoresetMode.NEXT_STEP:
         raise UserError(f"the environments' autoreset mode is {mode}: it must be AutoresetMode.NEXT_STEP")
-    shape, _ = games.frame_of(envs)
-    expected = agent.input_size[1:] if len(agent.input_size) == 3 else agent.input_size
-    if shape != expected:
+    spec = games.spec_of(envs)
+    if spec.obs_shape != agent.input_size:
         raise UserError(
-            f"the environments show {shape}, an agent of input_size {agent.input_size} needs {expected}: "
-            "single frames, which the replay buffer stacks, or vectors"
+            f"the environments show {spec.frame_shape}, which makes observations {spec.obs_shape}, but the agent's "
+            f"input_size is {agent.input_size}: single frames, which the replay buffer stacks, or vectors"
         )
-    if games.num_actions_of(envs) != agent.num_actions:
-        raise UserError(f"the environments have {games.num_actions_of(envs)} actions, the agent {agent.num_actions}")
+    if spec.num_actions != agent.num_actions:
+        raise UserError(f"the environments have {spec.num_actions} actions, the agent {agent.num_actions}")
 
 
 # A run's settings by the names that they have here.
