@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -31,6 +31,9 @@ from gravitar_dqn.config import (
     to_dict,
     validate,
 )
+
+if TYPE_CHECKING:
+    from gravitar_dqn.trained import Trained
 
 T = TypeVar("T")
 
@@ -50,10 +53,12 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Play whole games with a run's newest checkpoint and write eval.json."""
+    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Path | None] = None
     """The run's folder."""
+    pretrained: str | None = None
+    """Instead of a run: the name of weights that ship with the package."""
     episodes: int = 100
     """Games to play."""
     epsilon: float = 0.001
@@ -66,10 +71,12 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class WatchArguments:
-    """Play games with a run's newest checkpoint and record them to videos/<run>/."""
+    """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: tyro.conf.Positional[Path | None] = None
     """The run's folder."""
+    pretrained: str | None = None
+    """Instead of a run: the name of weights that ship with the package."""
     episodes: int = 1
     """Games to play."""
     epsilon: float = 0.001
@@ -174,36 +181,50 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
-    load_run(arguments.run_dir)
-    from gravitar_dqn.evaluation import evaluate, table
+    trained = load_trained(arguments, prog)
+    from gravitar_dqn.evaluation import evaluate, save_result, table
     from gravitar_dqn.execution import choose_device
 
     result = evaluate(
-        arguments.run_dir,
+        trained,
         episodes=arguments.episodes,
         epsilon=arguments.epsilon,
         seed=arguments.seed,
         device=choose_device(arguments.device),
     )
+    if arguments.run_dir is not None:
+        save_result(arguments.run_dir, result)
     print(table(result))
+
+
+def load_trained(arguments: EvaluateArguments | WatchArguments, prog: str) -> Trained:
+    """The agent that was asked for; UserError unless it is one."""
+    if (arguments.run_dir is None) == (arguments.pretrained is None):
+        raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
+    if arguments.run_dir is not None:
+        load_run(arguments.run_dir)  # a wrong folder is known before torch is loaded
+    from gravitar_dqn import trained
+
+    if arguments.pretrained is not None:
+        return trained.from_pretrained(arguments.pretrained)
+    assert arguments.run_dir is not None
+    return trained.from_run(arguments.run_dir)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
-    config = load_run(arguments.run_dir)
-    from gravitar_dqn import checkpoint
-    from gravitar_dqn.evaluation import load_policy, policy_weights
+    trained = load_trained(arguments, prog)
+    from gravitar_dqn.evaluation import load_policy
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import VideoError, record_game
 
-    state = checkpoint.load(arguments.run_dir)
-    network = load_policy(config, policy_weights(state))
-    look = make_look(config, state["agent"], network) if arguments.overlay else None
-    home = arguments.video_dir / arguments.run_dir.resolve().name
+    config, network = trained.config, load_policy(trained.config, trained.weights)
+    look = make_look(config, trained.state, network) if arguments.overlay else None
+    home = arguments.video_dir / trained.name
     for i in range(arguments.episodes):
-        name = f"step_{state['agent']['clocks']['global_step']}_seed_{arguments.seed + i}"
+        name = f"step_{trained.global_step}_seed_{arguments.seed + i}"
         path = home / f"{name}{'_overlay' if arguments.overlay else ''}.mp4"
         try:
             score = record_game(config, network, path, epsilon=arguments.epsilon, seed=arguments.seed + i, look=look)

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gravitar_dqn import checkpoint, returns
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError, load_run
+from gravitar_dqn import returns
+from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError
 from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.randal.networks import make_actor_critic
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.tracking import FRAMES_PER_STEP
+from gravitar_dqn.trained import Trained
 
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
 
@@ -80,12 +81,6 @@ class Policy:
         """Take in the next frames; `played` is false where they start a game."""
         nothing = np.zeros(len(played), dtype=np.bool_)
         self.frames.put(actions, nothing, nothing, nothing, obs, played)
-
-
-def policy_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint: the weights of the network that acts."""
-    weights: dict[str, Any] = state["agent"]["policy"]
-    return weights
 
 
 def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
@@ -167,20 +162,22 @@ def summarize(scores: list[float], config: RunConfig, *, epsilon: float, seed: i
     }
 
 
-def evaluate(run_dir: Path, *, episodes: int, epsilon: float, seed: int, device: torch.device) -> dict[str, Any]:
-    """Play `episodes` games with a run's newest checkpoint; writes and returns eval.json's contents."""
-    config = load_run(run_dir)
-    state = checkpoint.load(run_dir)
-    network = load_policy(config, policy_weights(state), device)
+def evaluate(trained: Trained, *, episodes: int, epsilon: float, seed: int, device: torch.device) -> dict[str, Any]:
+    """Play `episodes` whole games; returns eval.json's contents."""
+    config = trained.config
+    network = load_policy(config, trained.weights, device)
     envs = games.make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
     policy = Policy(config, network, games.spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
-    result = summarize(scores, config, epsilon=epsilon, seed=seed, global_step=state["agent"]["clocks"]["global_step"])
-    aside = run_dir / "eval.tmp"
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    aside.replace(run_dir / "eval.json")
-    return result
+    return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=trained.global_step)
+
+
+def save_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write a run's eval.json."""
+    unfinished = run_dir / "eval.tmp"
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    unfinished.replace(run_dir / "eval.json")
 
 
 def table(result: dict[str, Any]) -> str:

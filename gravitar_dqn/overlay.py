@@ -22,7 +22,7 @@ from gravitar_dqn.envs import spec_of_game
 from gravitar_dqn.networks import newest_of, newest_shape
 from gravitar_dqn.randal.curiosity import Curiosity
 from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes
-from gravitar_dqn.randal.tasks import AuxiliaryTasks, task_weights
+from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks, task_weights
 from gravitar_dqn.rnd import make_rnd
 
 Picture = npt.NDArray[np.uint8]
@@ -127,15 +127,18 @@ def _write(block: Picture, text: str) -> None:
     cv2.putText(block, text, (10, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
 
 
-def make_look(config: RunConfig, state: dict[str, Any], network: nn.Module) -> Look:
-    """What the agent of a checkpoint's `state` makes of observations; `network` is the one that acts."""
+def make_look(config: RunConfig, state: dict[str, Any] | None, network: nn.Module) -> Look:
+    """What the agent of a checkpoint's `state` makes of observations; `network` is the one that acts.
+
+    Without a state (weights that ship) there is only what that network says.
+    """
     obs_shape = spec_of_game(config.env).obs_shape
     if isinstance(config, RANDALConfig):
         assert isinstance(network, PPOIntrinsic)
         return _look_of_randal(config, state, network, obs_shape)
     assert isinstance(config, Config)
-    rnd = make_rnd(obs_shape, config.env.num_envs, config.rnd)
-    if rnd is not None:
+    rnd = None if state is None else make_rnd(obs_shape, config.env.num_envs, config.rnd)
+    if rnd is not None and state is not None:
         rnd.load_state_dict(state["rnd"])
 
     @torch.no_grad()
@@ -147,12 +150,14 @@ def make_look(config: RunConfig, state: dict[str, Any], network: nn.Module) -> L
 
 
 def _look_of_randal(
-    config: RANDALConfig, state: dict[str, Any], network: PPOIntrinsic, obs_shape: tuple[int, ...]
+    config: RANDALConfig, state: dict[str, Any] | None, network: PPOIntrinsic, obs_shape: tuple[int, ...]
 ) -> Look:
-    tasks = AuxiliaryTasks(task_weights(config), network, network.policy[0].out_features)  # type: ignore[arg-type]
-    tasks.load_state_dict(state["tasks"])
+    weights = task_weights(config) if state is not None else dict.fromkeys(TASKS, 0.0)
+    tasks = AuxiliaryTasks(weights, network, network.policy[0].out_features)  # type: ignore[arg-type]
     curiosity: Curiosity | None = None
-    if config.rnd.coef != 0:
+    if state is not None:
+        tasks.load_state_dict(state["tasks"])
+    if state is not None and config.rnd.coef != 0:
         curiosity = Curiosity(network_classes(obs_shape)[1], newest_shape(obs_shape))
         curiosity.attach(config.env.num_envs, config.rnd.gamma)
         curiosity.load_state_dict(state["curiosity"])

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 LAYERS = [
     {"config", "returns", "visdom_files"},
     {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
-    {"rnd", "randal.networks"},
+    {"rnd", "randal.networks", "trained"},
     {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
     {"randal.agent", "overlay"},
     {"recording"},

@@ -57,7 +57,7 @@ def test_dqn_shows_q_values_and_the_predictors_error(preset: str) -> None:
     config: Any = PRESETS[preset]
     network = DuelingConvQNetwork(4, 18)
     rnd = make_rnd((4, 84, 84), config.env.num_envs, config.rnd)
-    look = make_look(config, {"rnd": None if rnd is None else rnd.state_dict()}, network, (4, 84, 84))
+    look = make_look(config, {"rnd": None if rnd is None else rnd.state_dict()}, network)
     insight = look(STACKS)
     with torch.no_grad():
         np.testing.assert_allclose(insight.values, network(STACKS)[0])
@@ -69,7 +69,7 @@ def test_randal_shows_probabilities_its_map_and_the_predictors_error() -> None:
     config = settings(PICTURE_TASKS, num_envs=2)
     agent = make_randal(config, (84, 84), torch.uint8, 6)
     agent.curiosity.obs_rms.update(torch.randint(0, 256, (20, 1, 84, 84)))
-    insight = make_look(config, agent.state_dict(), agent.policy, (4, 84, 84))(STACKS)
+    insight = make_look(config, agent.state_dict(), agent.policy)(STACKS)
     assert insight.values.shape == (6,) and insight.values.sum() == pytest.approx(1)
     with torch.no_grad():
         errors, _ = agent.curiosity.errors(agent.curiosity.normalized(STACKS[:, -1:]))

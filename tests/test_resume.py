@@ -15,7 +15,7 @@ import torch
 from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, rows, script, train
 from tqdm import tqdm
 
-from gravitar_dqn import checkpoint, cli, evaluation, training
+from gravitar_dqn import checkpoint, cli, training
 from gravitar_dqn.config import load_run
 
 FOR_EVER = ["--total-steps", 10**9]
@@ -222,7 +222,7 @@ def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[st
     a, b = (checkpoint.load(run_dir)["agent"] for run_dir in runs)
     assert a["clocks"] == b["clocks"] and a["clocks"]["num_updates"] > 10, "nothing was learned"
     assert torch.equal(a["generator"], b["generator"])
-    (weights, others) = (evaluation.policy_weights({"agent": state}) for state in (a, b))
+    (weights, others) = (state["policy"] for state in (a, b))
     for name, weight in weights.items():
         assert torch.equal(weight, others[name]), name
 

@@ -1,0 +1,105 @@
+"""Agents as they are after training: from a run's folder, or from the weights that ship with the package.
+
+Shipped weights are those of the network that acts, in float16; the settings of their run, the steps it played and
+what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NAME` makes such a file of a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gravitar_dqn import checkpoint
+from gravitar_dqn.config import RunConfig, UserError, from_dict, get_preset, load_run, to_dict
+
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An agent that can play."""
+
+    name: str  # of its run's folder, or of the shipped weights
+    config: RunConfig  # of the run that trained it
+    weights: dict[str, Tensor]  # of the network that acts
+    global_step: int  # agent steps it was trained for
+    state: dict[str, Any] | None  # all of the agent in its checkpoint; None for shipped weights
+
+
+def from_run(run_dir: Path) -> Trained:
+    """A run's newest checkpoint; UserError when there is none."""
+    config, state = load_run(run_dir), checkpoint.load(run_dir)["agent"]
+    return Trained(run_dir.resolve().name, config, state["policy"], state["clocks"]["global_step"], state)
+
+
+def names() -> list[str]:
+    """What ships with the package."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def from_pretrained(name: str) -> Trained:
+    """Weights that ship with the package; UserError names what there is."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"no pretrained agent {name!r}: {hint}there are {', '.join(names()) or 'none yet'}")
+    return read(PRETRAINED / f"{name}.safetensors")
+
+
+def read(path: Path) -> Trained:
+    """A file that `write` made; UserError when it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (it is no dict)
+        saved, global_step = json.loads(header["config"]), int(header["global_step"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} does not hold a trained agent: {str(error).splitlines()[0]}") from None
+    # Settings that are newer than the file are as in today's preset: an agent's weights outlive them.
+    config = from_dict(_over(to_dict(get_preset(saved["preset"])), saved))
+    return Trained(path.stem, config, weights, global_step, None)
+
+
+def _over(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings: the saved ones, and defaults for those that are not there."""
+    return {
+        name: _over(value, saved[name]) if isinstance(value, Mapping) else saved.get(name, value)
+        for name, value in defaults.items()
+    }
+
+
+def write(trained: Trained, path: Path) -> None:
+    """The weights in float16 and what they are, as one file; the same agent gives the same bytes."""
+    weights = {name: value.to(torch.float16).contiguous() for name, value in trained.weights.items()}
+    header = {"config": json.dumps(to_dict(trained.config)), "global_step": str(trained.global_step)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file(weights, unfinished, metadata={**header, "run": trained.name})
+    unfinished.replace(path)
+
+
+def main(argv: list[str]) -> int:
+    """`RUN_DIR NAME`: put a run's agent among those that ship."""
+    if len(argv) != 2:
+        print("usage: python -m gravitar_dqn.trained RUN_DIR NAME", file=sys.stderr)
+        return 2
+    try:
+        write(from_run(Path(argv[0])), PRETRAINED / f"{argv[1]}.safetensors")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
