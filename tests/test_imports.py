@@ -18,6 +18,7 @@ LAYERS = [
     {"randal.trainer", "peers"},
     {"benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 
 
