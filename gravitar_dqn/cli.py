@@ -1,4 +1,4 @@
-"""The command line: `gravitar-dqn train | eval | watch | sweep | bench | dashboard`, and what scripts/ run.
+"""The command line: `gravitar-dqn train | eval | watch | sweep | plot | bench | dashboard`, and what scripts/ run.
 
 Torch and the games are imported only by what needs them, so that `--help` answers at once.
 """
@@ -246,6 +246,16 @@ def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
     return sweep.run(options, jobs, core_sets)
 
 
+def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
+    """`plot RUN_DIR [RUN_DIR ...] [options]`."""
+    from gravitar_dqn.plot import PlotConfig, plot
+
+    options = parse(PlotConfig, argv, prog, "Draw learning curves: scores of the training games.")
+    check_bounds(options, "--")
+    plot(options)
+    print(options.out)
+
+
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
     from gravitar_dqn.visdom_server import main as serve
@@ -269,6 +279,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval": evaluate_command,
     "watch": watch_command,
     "sweep": sweep_command,
+    "plot": plot_command,
     "bench": bench_command,
     "dashboard": dashboard_command,
 }

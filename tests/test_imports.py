@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 LAYERS = [
     {"config", "returns", "networks", "visdom_files"},
     {"execution", "replay", "rnd", "envs", "tracking", "checkpoint", "charts", "visdom_server", "randal.networks"},
-    {"sweep_plan"},
+    {"sweep_plan", "plot"},
     {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
     {"randal.agent", "overlay", "snapshots"},
     {"recording"},
