@@ -16,7 +16,6 @@ import torch
 from gravitar_dqn.config import UserError
 
 FORMAT = 2  # 1 had the features of the convolutions in another order
-KEEP = 2  # the newest, and the one before it
 
 
 def folder(run_dir: Path) -> Path:
@@ -24,8 +23,11 @@ def folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save(run_dir: Path, state: dict[str, Any], global_step: int) -> Path:
-    """Write `state` as the newest checkpoint; OSError (a full disk, say) leaves the previous one as it was."""
+def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) -> Path:
+    """Write `state` as the newest checkpoint; OSError (a full disk, say) leaves the previous one as it was.
+
+    The newest `keep` checkpoints stay, this one among them.
+    """
     home = folder(run_dir)
     home.mkdir(parents=True, exist_ok=True)
     path = home / f"step_{global_step:012d}.pt"
@@ -45,7 +47,7 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int) -> Path:
         raise OSError(f"checkpoint not written: {error}") from error
     others = sorted(old for old in home.glob("step_*.pt") if old != path)
     earlier = [old for old in others if old < path]  # later ones were left by a kill before `latest` named them
-    for old in set(others) - set(earlier[1 - KEEP :]):
+    for old in set(others) - set(earlier[max(0, len(earlier) + 1 - keep) :]):
         old.unlink(missing_ok=True)
     for torn in home.glob("step_*.tmp"):  # left by a kill
         torn.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: `gravitar-dqn train | eval | watch | bench | dashboard`, and the same behind the scripts.
+"""The command line: `gravitar-dqn train | eval | watch | sweep | plot | bench | dashboard`, and what scripts/ run.
 
 Torch and the games are imported only by what needs them, so that `--help` answers at once.
 """
@@ -67,6 +67,8 @@ class EvaluateArguments:
     """Seeds the games and the random actions."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    snapshots: int = 0
+    """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def resume_folder(argv: Sequence[str]) -> Path | None:
     return None
 
 
-def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
-    """`train [PRESET] [options]`."""
+def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConfig | None]:
+    """The arguments of `train` with valid settings, and the saved ones of the run that it shall go on with."""
     argv = list(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     saved_in = resume_folder(argv)
@@ -161,13 +163,22 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
     arguments = parse(TrainArguments, argv, prog, description, TrainArguments(default))
     config = replace(arguments.config, preset=default.preset)
     validate(config)
+    return replace(arguments, config=config, resume=saved_in), saved
+
+
+def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
+    """`train [PRESET] [options]`."""
+    arguments, saved = parse_train(argv, prog)
+    config = arguments.config
     if saved is not None:
-        assert saved_in is not None
-        if arguments.run_dir is not None and arguments.run_dir != saved_in:
+        assert arguments.resume is not None
+        if arguments.run_dir is not None and arguments.run_dir != arguments.resume:
             raise UserError("--resume goes on in its own folder: leave --run-dir out")
         if changed := differences(saved, config):
-            raise UserError(f"{saved_in} was started with other settings, it cannot go on: {'; '.join(changed)}")
-        run_dir = saved_in
+            raise UserError(
+                f"{arguments.resume} was started with other settings, it cannot go on: {'; '.join(changed)}"
+            )
+        run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -181,20 +192,23 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
+    if arguments.snapshots < 0:
+        raise UserError(f"--snapshots is {arguments.snapshots}: it must be at least 0")
+    if arguments.snapshots and arguments.run_dir is None:
+        raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
+    from gravitar_dqn import snapshots
     from gravitar_dqn.evaluation import evaluate, save_result, table
     from gravitar_dqn.execution import choose_device
 
-    result = evaluate(
-        trained,
-        episodes=arguments.episodes,
-        epsilon=arguments.epsilon,
-        seed=arguments.seed,
-        device=choose_device(arguments.device),
-    )
+    how: dict[str, Any] = {"episodes": arguments.episodes, "epsilon": arguments.epsilon, "seed": arguments.seed}
+    how["device"] = choose_device(arguments.device)
+    result = evaluate(trained, **how)
     if arguments.run_dir is not None:
         save_result(arguments.run_dir, result)
     print(table(result))
+    if arguments.snapshots and arguments.run_dir is not None:
+        print(snapshots.table(snapshots.evaluate_snapshots(arguments.run_dir, arguments.snapshots, **how)))
 
 
 def load_trained(arguments: EvaluateArguments | WatchArguments, prog: str) -> Trained:
@@ -243,6 +257,29 @@ def check_games(episodes: int, epsilon: float, seed: int) -> None:
         raise UserError(f"--seed is {seed}: it must be between 0 and {2**30}")
 
 
+def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
+    """`sweep PRESET [PRESET ...] [options]`."""
+    from gravitar_dqn import sweep
+    from gravitar_dqn.sweep_plan import SweepConfig, plan
+
+    description = "Train presets and variants of them with several seeds, evaluate each run, and compare."
+    options = parse(SweepConfig, argv, prog, f"{description} Ctrl-C stops it; the same command again goes on.")
+    train_prog = prog.replace("sweep", "train")
+    core_sets = sweep.split_cores(sweep.available_cores(), max(options.parallel, 1))
+    jobs = plan(options, len(core_sets[0]), lambda words: parse_train(words, train_prog)[0].config)
+    return sweep.run(options, jobs, core_sets)
+
+
+def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
+    """`plot RUN_DIR [RUN_DIR ...] [options]`."""
+    from gravitar_dqn.plot import PlotConfig, plot
+
+    options = parse(PlotConfig, argv, prog, "Draw learning curves: scores of the training games.")
+    check_bounds(options, "--")
+    plot(options)
+    print(options.out)
+
+
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
     from gravitar_dqn.visdom_server import main as serve
@@ -265,6 +302,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": train_command,
     "eval": evaluate_command,
     "watch": watch_command,
+    "sweep": sweep_command,
+    "plot": plot_command,
     "bench": bench_command,
     "dashboard": dashboard_command,
 }

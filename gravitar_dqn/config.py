@@ -222,6 +222,8 @@ class RunConfig:
     """The run ends after this many agent steps over all environments. (free)"""
     total_episodes: int = _bounded(0)
     """The run ends after this many games; 0: no such limit. (free)"""
+    total_minutes: float = _bounded(0.0)
+    """The run ends after this many minutes of training, those before a resume included; 0: no such limit. (free)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. (free)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -240,6 +242,8 @@ class RunConfig:
     """Minutes from one checkpoint to the next. (free)"""
     checkpoint_replay: bool = False
     """Save the replay buffer in checkpoints too: a resumed run then learns on at once. (free)"""
+    keep_checkpoints: int = _bounded(2, low=1)
+    """Newest checkpoints that stay in the run's folder. (free)"""
 
     @property
     def stack_padding(self) -> Padding:
@@ -293,8 +297,8 @@ class BenchConfig:
 
 
 FREE_FIELDS = frozenset(
-    "total_steps total_episodes device precision execution log_seconds dashboard video_every video_dir "
-    "checkpoint_minutes checkpoint_replay".split()
+    "total_steps total_episodes total_minutes device precision execution log_seconds dashboard video_every video_dir "
+    "checkpoint_minutes checkpoint_replay keep_checkpoints".split()
 )
 
 GRAVITAR = Config()

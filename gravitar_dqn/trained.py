@@ -36,9 +36,10 @@ class Trained:
     state: dict[str, Any] | None  # all of the agent in its checkpoint; None for shipped weights
 
 
-def from_run(run_dir: Path) -> Trained:
-    """A run's newest checkpoint; UserError when there is none."""
-    config, state = load_run(run_dir), checkpoint.load(run_dir)["agent"]
+def from_run(run_dir: Path, path: Path | None = None) -> Trained:
+    """A run's newest checkpoint, or the one in file `path`; UserError when there is none."""
+    config = load_run(run_dir)
+    state = (checkpoint.load(run_dir) if path is None else checkpoint.read(path))["agent"]
     return Trained(run_dir.resolve().name, config, state["policy"], state["clocks"]["global_step"], state)
 
 

@@ -173,7 +173,7 @@ class Checkpointer:
             "console": self._console.state_dict(),
         }
         try:
-            checkpoint.save(self._run_dir, state, self._agent.global_step)
+            checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
         except OSError as error:
             warn(f"{error}; the one before it stays")
             return False
@@ -276,19 +276,19 @@ def check_execution(config: RunConfig, device: torch.device) -> None:
 
 
 def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_sections: bool = False) -> None:
-    """Train until `total_steps`, `total_episodes` or Ctrl-C, and save. `resume` goes on from the newest checkpoint.
+    """Train until `total_steps`, `total_episodes`, `total_minutes` or Ctrl-C, and save.
 
-    `show_sections` prints at the end where the time went.
+    `resume` goes on from the newest checkpoint. `show_sections` prints at the end where the time went.
     """
     check_dashboard(config.dashboard, run_dir)
     state = checkpoint.load(run_dir) if resume else {}
     envs, agent = build(config)
     if resume:
         restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
-        if finished(config, agent):
+        if finished(config, agent, state["tracker"]["wall_seconds"]):
             raise UserError(
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
-                "a higher --total-steps or --total-episodes goes on"
+                "a higher --total-steps, --total-episodes or --total-minutes goes on"
             )
     run(config, run_dir, envs, agent, state, show_sections=show_sections)
 
@@ -343,7 +343,7 @@ def run(
         for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, sections=sections):
             for observer in observers:
                 observer.step(episodes)
-            if stop.requested or finished(config, agent):
+            if stop.requested or finished(config, agent, tracker.wall_seconds):
                 break
         if not checkpointer.save():
             raise UserError(
@@ -351,7 +351,7 @@ def run(
             )
         if show_sections:
             farewell.append(sections.table(agent.global_step - first_step))
-        if finished(config, agent):
+        if finished(config, agent, tracker.wall_seconds):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
         else:
             how = how_to_resume or resume_command(run_dir)
@@ -371,15 +371,21 @@ def resume_command(run_dir: Path) -> str:
     """What to type to go on with a run, as this one was started: by the script or by the installed command."""
     program = Path(sys.argv[0])
     command = [sys.executable, str(program)] if program.suffix == ".py" else [str(program), "train"]
+    if program.name == "__main__.py":  # python -m gravitar_dqn
+        command = [sys.executable, "-m", "gravitar_dqn", "train"]
     first = Path(command[0])
     if first.is_relative_to(Path.cwd()):
         command[0] = str(first.relative_to(Path.cwd()))
     return shlex.join([*command, "--resume", str(run_dir)])
 
 
-def finished(config: RunConfig, agent: TrackedAgent) -> bool:
-    """Whether the run has reached its end."""
-    return agent.global_step >= config.total_steps or 0 < config.total_episodes <= agent.episodes
+def finished(config: RunConfig, agent: TrackedAgent, wall_seconds: float) -> bool:
+    """Whether the run has reached its end, after `wall_seconds` of training."""
+    return (
+        agent.global_step >= config.total_steps
+        or 0 < config.total_episodes <= agent.episodes
+        or 0 < 60 * config.total_minutes <= wall_seconds
+    )
 
 
 def check_dashboard(choice: str, run_dir: Path) -> None:

@@ -48,6 +48,14 @@ def test_the_newest_and_the_one_before_it_are_kept(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 400
 
 
+@pytest.mark.parametrize("keep", [1, 3, 9])
+def test_as_many_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
+    steps = [1, 2, 30, 400, 5000]
+    for step in steps:
+        checkpoint.save(tmp_path, state(step), step, keep)
+    assert names(tmp_path) == ["latest", *(f"step_{step:012d}.pt" for step in steps[-keep:])]
+
+
 def test_a_checkpoint_of_the_same_step_takes_its_place(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(1), 5)
     checkpoint.save(tmp_path, state(2), 5)

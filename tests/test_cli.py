@@ -270,9 +270,39 @@ def test_a_complete_run_is_told_how_to_go_on(run_dir: Path, capsys: pytest.Captu
     games = len(rows(run_dir / "episodes.csv"))
     said = refusal(capsys, train("--resume", run_dir))
     assert said == (
-        f"{run_dir} is complete (60 steps, {games} games): a higher --total-steps or --total-episodes goes on"
+        f"{run_dir} is complete (60 steps, {games} games): "
+        "a higher --total-steps, --total-episodes or --total-minutes goes on"
     )
     assert contents(run_dir) == before
+
+
+def test_a_run_ends_after_its_minutes_those_before_a_resume_included(capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = Path("run")
+    assert train(*CARTPOLE, "--total-minutes", 0.01, "--run-dir", run_dir) == 0
+    steps, games = check_minutes(run_dir, 0.01), len(rows(run_dir / "episodes.csv"))
+    assert f"done: {steps} steps, {games} games, saved in run" in capsys.readouterr().err
+
+    said = refusal(capsys, train("--resume", run_dir))
+    assert said.startswith(f"run is complete ({steps} steps, ") and said.endswith(" or --total-minutes goes on")
+
+    assert train("--resume", run_dir, "--total-minutes", 0.015) == 0
+    assert check_minutes(run_dir, 0.015) > steps
+
+
+def check_minutes(run_dir: Path, minutes: float) -> int:
+    """Assert that a run trained this long, by its checkpoint and its metrics; its steps."""
+    state = checkpoint.load(run_dir)
+    assert 60 * minutes <= state["tracker"]["wall_seconds"]
+    last = rows(run_dir / "metrics.csv")[-1]
+    assert last["wall_seconds"] == pytest.approx(60 * minutes, abs=0.5)
+    assert last["global_step"] == state["agent"]["clocks"]["global_step"]
+    return int(last["global_step"])
+
+
+def test_a_run_keeps_as_many_checkpoints_as_asked_for() -> None:
+    words = ["--total-minutes", 0.01, "--checkpoint-minutes", 0.001, "--keep-checkpoints", 4]
+    assert train(*CARTPOLE, *words, "--run-dir", "run") == 0
+    assert len(list(Path("run/checkpoints").glob("step_*.pt"))) == 4
 
 
 def test_a_resume_may_change_free_settings(run_dir: Path) -> None:

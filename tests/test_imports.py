@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 LAYERS = [
     {"config", "returns", "visdom_files"},
     {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
-    {"rnd", "randal.networks", "trained"},
+    {"rnd", "randal.networks", "trained", "sweep_plan", "plot"},
     {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
-    {"randal.agent", "overlay"},
+    {"randal.agent", "overlay", "snapshots"},
     {"recording"},
     {"training"},
-    {"randal.trainer", "peers"},
+    {"randal.trainer", "peers", "sweep"},
     {"benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -1,0 +1,319 @@
+"""A sweep: the runs of `sweep_plan`, each a process of its own, evaluated as it ends; a row of sweep.csv for each."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+
+from gravitar_dqn.config import UserError
+from gravitar_dqn.sweep_plan import Job, SweepConfig, claim, read_json
+from gravitar_dqn.tracking import CsvLog, tell, warn
+
+COLUMNS = (
+    "preset variant seed global_step frames minutes sps train_mean mean std median iqm iqm_low iqm_high run_dir "
+    "snapshots"
+).split()
+EPSILON = 0.001
+LAST_GAMES = 100  # of training, in the column train_mean
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def split_cores(cores: Sequence[int], parts: int) -> list[list[int]]:
+    """`parts` disjoint sets of equal size, so that runs can be compared; what is left over stays idle."""
+    size = len(cores) // parts
+    if not size:
+        raise UserError(f"--parallel is {parts}, but {len(cores)} cores are available: that is the most it can be")
+    return [list(cores[i * size : (i + 1) * size]) for i in range(parts)]
+
+
+def bind(cores: Iterable[int]) -> None:
+    """Bind the calling thread, and the processes that it will start, to these cores where the system can do that."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
+
+
+def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[int]]) -> int:
+    """Train and evaluate what is not in sweep.csv yet, and print a table of all. 1 when a run failed, else 0."""
+    from gravitar_dqn.training import Stop, lock
+
+    check_here(jobs)
+    with lock(options.folder):
+        claim(options)
+        sweep = Sweep(options, jobs)
+        with Stop() as stop, _hang_up_stops():
+            threads = [threading.Thread(target=sweep.work, args=(cores,)) for cores in core_sets]
+            for thread in threads:
+                thread.start()
+            sweep.follow(threads, stop)
+        if sweep.error is not None:
+            raise sweep.error
+        print(table(read_rows(sweep.path), jobs))
+        if sweep.stopped:
+            tell(f"stopped; the same command goes on: {command_again()}")
+        elif sweep.left:
+            tell(f"{sweep.left} runs were not started, they would not end in time; again: {command_again()}")
+        return 0 if sweep.stopped else int(sweep.failures > 0)
+
+
+def check_here(jobs: Sequence[Job]) -> None:
+    """Raise UserError for a game or a device that is not on this machine."""
+    from gravitar_dqn.envs import find_game
+    from gravitar_dqn.execution import choose_device
+    from gravitar_dqn.training import check_execution
+
+    for job in {job.key[:2]: job for job in jobs}.values():
+        try:
+            find_game(job.config.env)
+            check_execution(job.config, choose_device(job.config.device))
+        except UserError as error:
+            raise UserError(f"{job.preset} {job.variant}: {error}") from None
+
+
+@contextlib.contextmanager
+def _hang_up_stops() -> Iterator[None]:
+    """A terminal that is closed stops the sweep as Ctrl-C does; its processes have a session of their own."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def command_again() -> str:
+    """What was typed."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "gravitar_dqn", *sys.argv[1:]])
+    return shlex.join([sys.executable, *sys.argv] if program.suffix == ".py" else sys.argv)
+
+
+class Sweep:
+    """Runs that are shared out to threads, one for each set of cores, which start processes and wait for them."""
+
+    def __init__(self, options: SweepConfig, jobs: Sequence[Job]) -> None:
+        self.path = options.folder / "sweep.csv"
+        done = {(row["preset"], row["variant"], row["seed"]) for row in read_rows(self.path)}
+        self._options = options
+        self._log = CsvLog(self.path, COLUMNS, last_step=sys.maxsize)
+        self._pending = [job for job in jobs if job.key not in done]
+        self._number, self._total = len(jobs) - len(self._pending), len(jobs)
+        self._lock = threading.Lock()  # of all that follows
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._began = monotonic()
+        self._overhead = 6 * options.minutes  # seconds that a run takes beside its training; guessed until one ended
+        self._measured = False
+        self.failures = 0
+        self.stopped = False
+        self.error: BaseException | None = None
+        minutes = len(self._pending) * options.minutes / options.parallel
+        print(f"{self._total} runs, {self._number} of them done before: {options.folder}", flush=True)
+        print(f"{len(self._pending)} to train, at most {minutes:g} minutes and their evaluation", flush=True)
+
+    @property
+    def left(self) -> int:
+        """Runs that were not started."""
+        return len(self._pending)
+
+    def follow(self, threads: Sequence[threading.Thread], stop: Any) -> None:
+        """Wait for the threads. The first Ctrl-C interrupts the processes, which save; the second kills them."""
+        try:
+            while any(thread.is_alive() for thread in threads):
+                if (stop.requested or self.error is not None) and not self.stopped:
+                    if stop.requested:
+                        tell("stopping: the runs save what they have")
+                    self._interrupt(signal.SIGINT)
+                sleep(0.05)
+        except KeyboardInterrupt:
+            self._interrupt(signal.SIGKILL)
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+
+    def _interrupt(self, number: int) -> None:
+        with self._lock:
+            self.stopped = True
+            for process in self._processes:
+                process.send_signal(number)
+
+    def work(self, cores: Sequence[int]) -> None:
+        """Train and evaluate runs on these cores until none is left. What goes wrong here is kept in `error`."""
+        try:
+            bind(cores)
+            while (job := self._next()) is not None:
+                self._do(job, len(cores))
+        except BaseException as error:
+            self.error = error
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            if self.stopped or not self._pending:
+                return None
+            job = next((job for job in self._pending if self._fits(job)), None)
+            if job is None:
+                return None
+            self._pending.remove(job)
+            self._number += 1
+            print(f"[{self._number}/{self._total}] {job.title}: started", flush=True)
+            return job
+
+    def _fits(self, job: Job) -> bool:
+        """Whether a run would end within the budget."""
+        needed = 60 * self._options.minutes - wall_seconds(job.run_dir) + self._overhead
+        budget = 60 * self._options.budget_minutes
+        return not budget or monotonic() - self._began + needed <= budget
+
+    def _do(self, job: Job, threads: int) -> None:
+        began, trained = monotonic(), wall_seconds(job.run_dir)
+        log = job.run_dir.with_name(job.run_dir.name + ".log")
+        if not self._process(["train", *how_to_train(job)], log, threads):
+            # A sweep that was killed may have left a complete run without its row.
+            if self.stopped or " is complete (" not in last_line(log):
+                return self._failed(job, log)
+        elif last_line(log).startswith("stopped at step"):  # by somebody else's signal
+            return self._failed(job, log)
+        games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
+        games += [f"--snapshots={self._options.snapshots}"] * bool(self._options.snapshots)
+        if not self._process(["eval", str(job.run_dir), *games], log, threads):
+            return self._failed(job, log)
+        try:
+            row = make_row(job, snapshots=self._options.snapshots > 0)
+        except UserError as error:
+            return self._failed(job, log, str(error))
+        with self._lock:
+            self._log.add([row[name] for name in COLUMNS])
+            self._log.flush()
+            overhead = monotonic() - began - (wall_seconds(job.run_dir) - trained)
+            self._overhead = max(self._overhead, overhead) if self._measured else overhead
+            self._measured = True
+        steps, minutes = row["global_step"], row["minutes"]
+        print(f"{job.title}: mean score {row['mean']:.1f}, {steps} steps in {minutes:.1f} minutes", flush=True)
+        return None
+
+    def _failed(self, job: Job, log: Path, reason: str = "") -> None:
+        """Tell of a run that failed, unless it was stopped with the sweep."""
+        if not self.stopped:
+            warn(f"{job.title} failed ({reason or last_line(log) or 'it printed nothing'}); more in {log}")
+            with self._lock:
+                self.failures += 1
+
+    def _process(self, words: Sequence[str], log: Path, threads: int) -> bool:
+        """Run a command of the package to its end; whether it succeeded. What it prints is added to `log`.
+
+        In a session of its own, a Ctrl-C on the terminal reaches the process only through this one, and so once.
+        """
+        command = [sys.executable, "-m", "gravitar_dqn", *words]
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            with self._lock:
+                if self.stopped:
+                    return False
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                )
+                self._processes.add(process)
+        process.wait()
+        with self._lock:
+            self._processes.remove(process)
+        return process.returncode == 0
+
+
+def how_to_train(job: Job) -> list[str]:
+    """Arguments of `train` that begin the run, or go on with it."""
+    if (job.run_dir / "checkpoints" / "latest").exists():
+        return ["--resume", str(job.run_dir)]
+    if job.run_dir.exists():  # killed before its first checkpoint: train would refuse the folder
+        shutil.rmtree(job.run_dir)
+    return [*job.arguments, "--run-dir", str(job.run_dir)]
+
+
+def wall_seconds(run_dir: Path) -> float:
+    """Training time so far, by metrics.csv; 0 before there is any."""
+    rows = read_rows(run_dir / "metrics.csv")
+    return float(rows[-1]["wall_seconds"]) if rows else 0.0
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file's whole rows; none when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = csv.DictReader(line for line in file if line.endswith("\n"))
+        return [row for row in rows if None not in row and None not in row.values()]
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says anything."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith("$ ")), "")
+
+
+def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
+    """The row of sweep.csv for a run that was trained and evaluated."""
+    result = read_json(job.run_dir / "eval.json")
+    metrics = read_rows(job.run_dir / "metrics.csv")
+    if not metrics:
+        raise UserError("its metrics.csv has no row")
+    last = metrics[-1]
+    seconds, steps = float(last["wall_seconds"]), int(last["global_step"])
+    scores = [float(row["episodic_return"]) for row in read_rows(job.run_dir / "episodes.csv")[-LAST_GAMES:]]
+    means = read_json(job.run_dir / "snapshots.json")["mean"] if snapshots else []
+    return {
+        "preset": job.preset,
+        "variant": job.variant,
+        "seed": job.seed,
+        "global_step": steps,
+        "frames": last["frames"],
+        "minutes": round(seconds / 60, 3),
+        "sps": round(steps / max(seconds, 1e-9), 1),
+        "train_mean": f"{np.mean(scores):.6g}" if scores else "",
+        **{name: round(result[name], 3) for name in ("mean", "std", "median", "iqm")},
+        "iqm_low": round(result["iqm_ci95"][0], 3),
+        "iqm_high": round(result["iqm_ci95"][1], 3),
+        "run_dir": str(job.run_dir),
+        "snapshots": "|".join(f"{mean:.6g}" for mean in means),
+    }
+
+
+def table(rows: Iterable[Mapping[str, str]], jobs: Sequence[Job]) -> str:
+    """A line for each preset and variant, in the order of `jobs`: scores over its seeds."""
+    found = {(row["preset"], row["variant"], row["seed"]): row for row in rows}
+    names = list(dict.fromkeys(job.key[:2] for job in jobs))
+    width = max(len(" ".join(name)) for name in names)
+    lines = [f"{'':{width}}  seeds  mean of means  lowest to highest          steps"]
+    for name in names:
+        done = [found[job.key] for job in jobs if job.key[:2] == name and job.key in found]
+        means = [float(row["mean"]) for row in done]
+        steps = [int(row["global_step"]) for row in done]
+        scores = f"{np.mean(means):13.1f}  {f'{min(means):.1f} to {max(means):.1f}':>17}" if means else ""
+        lines.append(
+            f"{' '.join(name):{width}}  {len(done):5}  {scores}{f'  {np.mean(steps):13,.0f}' if steps else ''}"
+        )
+    return "\n".join(lines)
