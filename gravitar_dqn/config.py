@@ -458,9 +458,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The configuration that `to_dict` gave; UserError names an unknown, missing or ill-typed setting."""
-    preset = values.get("preset") if isinstance(values, Mapping) else None
-    kind = type(PRESETS.get(str(preset), GRAVITAR))
-    return typing.cast(RunConfig, _build(kind, values, ""))
+    if not isinstance(values, Mapping):
+        raise UserError("setting config is not a table of settings")
+    default = PRESETS.get(str(values.get("preset")), GRAVITAR)
+    # Free settings are no part of what a run is: one that is newer than the file takes its default.
+    free = {name: getattr(default, name) for name in FREE_FIELDS}
+    return typing.cast(RunConfig, _build(type(default), {**free, **values}, ""))
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:

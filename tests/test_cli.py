@@ -162,9 +162,9 @@ def cut(path: Path) -> None:
 
 def of_another_shape(path: Path) -> None:
     state = torch.load(path, weights_only=True)
-    weights = state["agent"]["q_network"]
-    for name in list(weights):
-        weights[name] = torch.zeros([size + 1 for size in weights[name].shape])
+    for weights in (state["agent"]["policy"], state["agent"]["q_network"]):
+        for name in list(weights):
+            weights[name] = torch.zeros([size + 1 for size in weights[name].shape])
     torch.save(state, path)
 
 
@@ -233,7 +233,8 @@ def test_only_a_run_is_evaluated_or_watched(command: Any, tmp_path: Path, capsys
     for words, expected in (
         (["folder"], "folder is not a run's folder: it has no config.json"),
         (["nowhere"], "nowhere is not a run's folder: it has no config.json"),
-        ([], "x.py: PATH The run's folder. (required) (x.py --help lists all)"),
+        ([], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
+        (["folder", "--pretrained", "x"], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
         (["folder", "--episodes", "0"], "--episodes is 0: it must be at least 1"),
         (["folder", "--epsilon", "nan"], "--epsilon is nan: it must be between 0 and 1"),
         (["folder", "--seed", "-1"], "--seed is -1: it must be between 0 and 1073741824"),

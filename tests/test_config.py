@@ -184,7 +184,14 @@ def test_json_with_a_wrong_setting_is_refused_by_name(name: str, value: object, 
     assert str(refused.value) == expected
 
 
-@pytest.mark.parametrize("name", flatten(to_dict(Config())))
+@pytest.mark.parametrize("name", sorted(FREE_FIELDS))
+def test_json_from_before_a_free_setting_was_there_takes_its_default(name: str) -> None:
+    values = as_json(PRESETS["cartpole"])
+    del values[name]
+    assert from_dict(values) == PRESETS["cartpole"]
+
+
+@pytest.mark.parametrize("name", sorted(set(flatten(to_dict(Config()))) - FREE_FIELDS))
 def test_json_without_a_setting_is_refused_by_name(name: str) -> None:
     values = as_json(Config())
     part, _, rest = name.rpartition(".")

@@ -11,6 +11,7 @@ from run_helpers import CARTPOLE, train
 
 from gravitar_dqn import cli
 from gravitar_dqn.config import PRESETS
+from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.overlay import BLUE, LEAST_HEIGHT, ORANGE, PAPER, WIDTH, Insight, Overlay, make_look
 from gravitar_dqn.randal.agent import make_randal
@@ -67,7 +68,7 @@ def test_dqn_shows_q_values_and_the_predictors_error(preset: str) -> None:
 
 def test_randal_shows_probabilities_its_map_and_the_predictors_error() -> None:
     config = settings(PICTURE_TASKS, num_envs=2)
-    agent = make_randal(config, (84, 84), torch.uint8, 6)
+    agent = make_randal(config, EnvSpec((84, 84), torch.uint8, 6))
     agent.curiosity.obs_rms.update(torch.randint(0, 256, (20, 1, 84, 84)))
     insight = make_look(config, agent.state_dict(), agent.policy)(STACKS)
     assert insight.values.shape == (6,) and insight.values.sum() == pytest.approx(1)

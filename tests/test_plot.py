@@ -102,14 +102,14 @@ def test_half_a_row_is_not_read(tmp_path: Path) -> None:
 def test_seeds_of_the_same_settings_are_a_band(tmp_path: Path, figures: list[Figure]) -> None:
     for seed, slope in ((1, 1.0), (2, 3.0)):
         make_run(tmp_path / "sweep" / f"a{seed}", seed=seed, slope=slope, env__num_threads=seed)
-    make_run(tmp_path / "sweep" / "b", agent__n_step=5, agent__double_q=False)
+    make_run(tmp_path / "sweep" / "b", agent__n_step=4, agent__double_q=False)
     (tmp_path / "sweep" / "notes").mkdir()
     for name, mean in (("a1", 40.0), ("a2", 80.0)):
         (tmp_path / "sweep" / name / "eval.json").write_text(json.dumps({"mean": mean}))
     assert draw("sweep", "--smooth", 1, "--x", "steps") == 0
     assert Path("curves.png").read_bytes().startswith(PNG)
     axes = figures[0].axes[0]
-    assert labels(figures[0]) == ["gravitar (2 runs)", "agent.n-step=5 agent.double-q=False", "evaluation, mean"]
+    assert labels(figures[0]) == ["gravitar (2 runs)", "agent.n-step=4 agent.double-q=False", "evaluation, mean"]
     line = axes.get_lines()[0]
     np.testing.assert_allclose(line.get_ydata(), np.asarray(line.get_xdata()) / 100 * 2)  # mean of slopes 1 and 3
     low, high = axes.collections[0].get_datalim(axes.transData).get_points()[:, 1]
