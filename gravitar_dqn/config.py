@@ -142,33 +142,35 @@ class PPOAgentConfig:
 
     num_steps: int = _bounded(128, low=1)
     """Steps of every environment in a rollout."""
-    update_epochs: int = _bounded(4, low=1)
+    update_epochs: int = _bounded(3, low=1)
     """Passes over a rollout."""
-    num_minibatches: int = _bounded(4, low=1)
+    num_minibatches: int = _bounded(8, low=1)
     """Gradient steps in a pass."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Of the policy, and of the predictor."""
-    learning_rate: float = _bounded(1e-4, low=1e-12)
+    learning_rate: float = _bounded(3e-4, low=1e-12)
     """The optimizer's at the start."""
-    learning_rate_end: float = _bounded(1e-4)
+    learning_rate_end: float = _bounded(3e-4)
     """After learning_rate_decay steps."""
     learning_rate_decay: int = _bounded(0)
     """Agent steps over which the learning rate changes linearly; 0: it stays."""
     max_grad_norm: float = _bounded(0.5)
     """Gradients of policy and predictor are clipped to this norm, each; 0 never clips."""
-    gamma: float = _bounded(0.999, high=1)
+    gamma: float = _bounded(0.997, high=1)
     """Discount per step of the score."""
     gae_lambda: float = _bounded(0.95, high=1)
     """Generalized advantage estimation's lambda, for both streams of reward."""
-    clip_coef: float = _bounded(0.1)
+    normalize_advantages: bool = True
+    """Bring the advantages of a rollout to mean 0 and standard deviation 1."""
+    clip_coef: float = _bounded(0.2)
     """The policy's ratio is clipped to 1 +- this."""
-    ent_coef: float = _bounded(0.001)
+    ent_coef: float = _bounded(0.01)
     """Weight of the policy's entropy."""
     ext_coef: float = _bounded(2.0)
     """Weight of the advantages of the score."""
-    clip_rewards: bool = True
+    clip_rewards: bool = False
     """Learn the score clipped to [-1, 1] at each step; what is told stays raw."""
-    reward_scale: float = _bounded(1.0, low=-math.inf)
+    reward_scale: float = _bounded(0.004, low=-math.inf)
     """Multiplies that."""
 
 
@@ -182,6 +184,8 @@ class PPORNDConfig:
     """Discount per step of the bonus, whose returns no game's end cuts."""
     init_steps: int = _bounded(600, low=1)
     """Random steps of every environment that start the observation statistics; they count as steps."""
+    init_updates: int = _bounded(200)
+    """Gradient steps of the predictor before there is a bonus: an untrained one's errors would set its scale."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,7 @@ class RunConfig:
     @property
     def stack_padding(self) -> Padding:
         """What a stack holds before a game's first frame."""
-        return "zero"
+        return "repeat" if self.env.obs_type == "ram" else "zero"  # of RAM the change since the step before is shown
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,21 @@ FREE_FIELDS = frozenset(
 )
 
 GRAVITAR = Config()
-RANDAL_PRESET = RANDALConfig(env=EnvConfig(num_envs=32))
+PUBLISHED_PPO = PPOAgentConfig(  # RND's and RANDAL's
+    update_epochs=4,
+    num_minibatches=4,
+    learning_rate=1e-4,
+    learning_rate_end=1e-4,
+    gamma=0.999,
+    normalize_advantages=False,
+    clip_coef=0.1,
+    ent_coef=0.001,
+    clip_rewards=True,
+    reward_scale=1.0,
+)
+RANDAL_PRESET = RANDALConfig(env=EnvConfig(num_envs=32), agent=PUBLISHED_PPO, rnd=PPORNDConfig(init_updates=0))
+NO_TASKS = TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0)
+PPO = RANDALConfig(preset="ppo", env=EnvConfig(num_envs=64), rnd=PPORNDConfig(coef=0.0), tasks=NO_TASKS)
 
 PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
     {
@@ -381,16 +399,14 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             precision="fp32",
         ),
         "randal": RANDAL_PRESET,
-        "ppo-rnd": replace(
-            RANDAL_PRESET,
-            preset="ppo-rnd",
-            tasks=TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0),
-        ),
+        "ppo": PPO,
+        "ppo-rnd": replace(PPO, preset="ppo-rnd", rnd=PPORNDConfig(coef=0.5)),
         "randal-cartpole": replace(
             RANDAL_PRESET,
             preset="randal-cartpole",
             env=EnvConfig(id="CartPole-v1", num_envs=16),
-            agent=PPOAgentConfig(
+            agent=replace(
+                PUBLISHED_PPO,
                 num_steps=32,
                 learning_rate=1e-3,
                 learning_rate_end=0.0,
@@ -400,7 +416,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
                 ent_coef=0.01,
                 reward_scale=0.1,
             ),
-            rnd=PPORNDConfig(coef=0.5, init_steps=250),
+            rnd=PPORNDConfig(coef=0.5, init_steps=250, init_updates=0),
             tasks=TasksConfig(pixel_control=0.0),
             total_steps=200_000,
             precision="fp32",

@@ -159,7 +159,7 @@ def _look_of_randal(
         tasks.load_state_dict(state["tasks"])
     if state is not None and config.rnd.coef != 0:
         curiosity = Curiosity(network_classes(obs_shape)[1], newest_shape(obs_shape))
-        curiosity.attach(config.env.num_envs, config.rnd.gamma)
+        curiosity.attach(config.env.num_envs, config.rnd.gamma, config.rnd.init_updates)
         curiosity.load_state_dict(state["curiosity"])
 
     @torch.no_grad()

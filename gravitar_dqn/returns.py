@@ -58,6 +58,12 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def normalized(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (B,) shifted and scaled to mean 0 and standard deviation 1 where `mask` (B,) is 1."""
+    centred = values - masked_mean(values, mask)
+    return centred / (masked_mean(centred.square(), mask).sqrt() + 1e-8)
+
+
 def importance_weights(probabilities: Tensor, exponent: float) -> Tensor:
     """(N * P)^-exponent, divided by the largest (Schaul 2015, section 3.4): N cancels. (B,) -> (B,) float32."""
     weights = probabilities**-exponent

@@ -11,7 +11,7 @@ import probes
 import torch
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import EnvConfig, PPOAgentConfig, PPORNDConfig, RANDALConfig, TasksConfig
+from gravitar_dqn.config import PUBLISHED_PPO, EnvConfig, PPORNDConfig, RANDALConfig, TasksConfig
 from gravitar_dqn.randal.agent import RANDAL, make_randal
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.training import play
@@ -23,13 +23,13 @@ PICTURE_TASKS = TasksConfig(replay_length=60, window=3, num_windows=4, reward_ba
 
 def settings(tasks: TasksConfig = PPO_RND, *, num_envs: int = 8, rnd: float = 0.1, **changes: Any) -> RANDALConfig:
     """A small, quick learner; `changes` go to its PPOAgentConfig."""
-    agent = PPOAgentConfig(
-        num_steps=16, learning_rate=3e-3, gamma=0.5, clip_coef=0.2, ent_coef=0.001, ext_coef=1.0, clip_rewards=False
+    agent = replace(
+        PUBLISHED_PPO, num_steps=16, learning_rate=3e-3, gamma=0.5, clip_coef=0.2, ext_coef=1.0, clip_rewards=False
     )
     return RANDALConfig(
         env=EnvConfig(num_envs=num_envs),
         agent=replace(agent, **changes),
-        rnd=PPORNDConfig(coef=rnd, init_steps=5),
+        rnd=PPORNDConfig(coef=rnd, init_steps=5, init_updates=0),
         tasks=tasks,
         precision="fp32",
         device="cpu",

@@ -15,6 +15,7 @@ from randal_helpers import PICTURE_TASKS, PPO_RND, VECTOR_TASKS, build, learn, r
 import gravitar_dqn
 from gravitar_dqn import RANDAL, NatureCNN, PPOConfig, PPOIntrinsic, PredictorCNN, PredictorMLP
 from gravitar_dqn.config import TasksConfig, UserError
+from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.randal.curiosity import Curiosity
 from gravitar_dqn.randal.networks import MLP, PixelControl, RewardPrediction
@@ -464,7 +465,7 @@ def test_bf16_agrees_with_fp32_within_its_precision() -> None:
 def test_the_predictors_loss_and_pixel_range_by_their_public_names() -> None:
     torch.manual_seed(0)
     agent = RANDAL(NatureCNN, PredictorCNN, (4, 84, 84), 6, PPOConfig(device="cpu"), intr_coeff=1.0)
-    agent.attach(settings(PICTURE_TASKS, num_envs=2), (84, 84), torch.uint8)
+    agent.attach(settings(PICTURE_TASKS, num_envs=2), EnvSpec((84, 84), torch.uint8, 6))
     frames = torch.randint(10, 200, (8, 1, 84, 84), dtype=torch.uint8)
     frames[0, 0, 0, :2] = torch.tensor([10, 199], dtype=torch.uint8)
     agent.tasks.see(frames)

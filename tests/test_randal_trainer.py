@@ -153,7 +153,7 @@ def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it must be AutoresetMode\.NEXT_STEP"):
         RANDALTrainer(same_step, vector_agent(), None, config(tmp_path))
     cartpole = games.make_envs(EnvConfig(id="CartPole-v1", num_envs=2))
-    with pytest.raises(UserError, match=r"show \(4,\), an agent of input_size \(1,\)"):
+    with pytest.raises(UserError, match=r"observations \(4,\), but the agent's input_size is \(1,\)"):
         RANDALTrainer(cartpole, vector_agent(), None, config(tmp_path))
     three = RANDAL(MLP, PredictorMLP, (4,), 3, PPOConfig(device="cpu"), PC=0)
     with pytest.raises(UserError, match="have 2 actions, the agent 3"):

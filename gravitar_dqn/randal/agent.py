@@ -161,7 +161,7 @@ class RANDAL:
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.tasks.attach(config, self.replay, self.generator)
         if self.curiosity is not None:
-            self.curiosity.attach(num_envs, config.rnd.gamma)
+            self.curiosity.attach(num_envs, config.rnd.gamma, config.rnd.init_updates)
         self._autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=choose_precision(config.precision, device) == "bf16"
         )
@@ -288,10 +288,13 @@ class RANDAL:
         # No game's end cuts the intrinsic stream: what is new stays so in the next game.
         never = torch.zeros_like(dones)
         adv_int = returns.gae(int_rewards, values_int, self.config.rnd.gamma, settings.gae_lambda, never, never)
-        self._advantages.copy_((self.extr_coeff * adv_ext + self.intr_coeff * adv_int).view(-1))
+        self._played.copy_(self.replay.playable.view(-1)[before].view(-1))
+        advantages = (self.extr_coeff * adv_ext + self.intr_coeff * adv_int).view(-1)
+        if settings.normalize_advantages:
+            advantages = returns.normalized(advantages, self._played)
+        self._advantages.copy_(advantages)
         self._returns[0] = (adv_ext + values_ext[:-1]).view(-1)
         self._returns[1] = (adv_int + values_int[:-1]).view(-1)
-        self._played.copy_(self.replay.playable.view(-1)[before].view(-1))
         told = [
             int_rewards.mean(),
             self._returns[1].mean(),

@@ -27,6 +27,7 @@ class Curiosity(nn.Module):
     """
 
     forward_filter: RewardForwardFilter
+    updates: Tensor
 
     def __init__(
         self, target_model: type[nn.Module], frame: tuple[int, ...], arguments: Mapping[str, Any] | None = None
@@ -36,9 +37,12 @@ class Curiosity(nn.Module):
         self.predictor = target_model(frame, trainable=True, **(arguments or {}))
         self.obs_rms = RunningMeanStd(frame)
         self.reward_rms = RunningMeanStd()
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # gradient steps of the predictor
+        self.init_updates = 0
 
-    def attach(self, num_envs: int, gamma: float) -> None:
-        """Get ready for so many environments, and for this discount of the bonus."""
+    def attach(self, num_envs: int, gamma: float, init_updates: int = 0) -> None:
+        """Get ready for so many environments, this discount of the bonus, and none before so many gradient steps."""
+        self.init_updates = init_updates
         self.forward_filter = RewardForwardFilter(num_envs, gamma).to(self.obs_rms.mean.device)
         self.share = min(1.0, TRAINED_ENVS / num_envs)
 
@@ -60,13 +64,19 @@ class Curiosity(nn.Module):
 
     def loss(self, errors: Tensor, generator: torch.Generator) -> Tensor:
         """Mean over a random share of the rows (N,): the paper's, which keeps the predictor's pace the same."""
+        self.updates += 1
         mask = torch.rand(len(errors), device=errors.device, generator=generator) < self.share
         return masked_mean(errors, mask.float())
 
     @torch.no_grad()
     def rewards(self, bonus: Tensor) -> Tensor:
-        """Bonuses (T, B) of a rollout in units of the standard deviation of their discounted sums along time."""
-        every = torch.ones(bonus.shape[1], dtype=torch.bool, device=bonus.device)
+        """Bonuses (T, B) of a rollout in units of the standard deviation of their discounted sums along time.
+
+        0 until the predictor has had `init_updates` gradient steps: an untrained one's errors are tens of times larger
+        everywhere, which tells nothing of novelty and would set the scale for long.
+        """
+        ready = self.updates >= self.init_updates
+        every = ready.expand(bonus.shape[1])
         sums = [self.forward_filter.update(step, every).clone() for step in bonus]
-        self.reward_rms.update(torch.stack(sums).view(-1))
-        return bonus / self.reward_rms.std
+        self.reward_rms.update(torch.stack(sums).view(-1), ready.expand(bonus.numel()))
+        return bonus * ready / self.reward_rms.std

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from gravitar_dqn import checkpoint, training
 from gravitar_dqn import envs as games
 from gravitar_dqn.config import (
-    PPOAgentConfig,
+    PUBLISHED_PPO,
     PPORNDConfig,
     RANDALConfig,
     TasksConfig,
@@ -278,7 +278,8 @@ def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> RANDALC
     return RANDALConfig(
         env=games.config_of(envs),
         seed=config.seed,
-        agent=PPOAgentConfig(
+        agent=replace(
+            PUBLISHED_PPO,
             num_steps=config.nsteps,
             update_epochs=config.num_epochs,
             num_minibatches=config.num_minibatches,
@@ -293,7 +294,9 @@ def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> RANDALC
             ent_coef=agent.ppo.entropy_coeff,
             ext_coef=agent.extr_coeff,
         ),
-        rnd=PPORNDConfig(coef=agent.intr_coeff, gamma=config.gamma_intr, init_steps=config.init_obs_steps),
+        rnd=PPORNDConfig(
+            coef=agent.intr_coeff, gamma=config.gamma_intr, init_steps=config.init_obs_steps, init_updates=0
+        ),
         tasks=TasksConfig(
             pixel_control=weights["pixel_control"],
             reward_prediction=weights["reward_prediction"],
