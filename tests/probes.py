@@ -82,6 +82,17 @@ class Both(ObservedReward):
         return self.sign if action == 1 else -self.sign
 
 
+class RamBoth(Both):
+    """The same seen by RAM: byte 7 tells the sign, another one is noise."""
+
+    observation_space = gym.spaces.Box(0, 255, (128,), np.uint8)
+
+    def see(self) -> np.ndarray:
+        ram = np.zeros(128, dtype=np.uint8)
+        ram[7], ram[90] = 0x2C if self.sign > 0 else 0x24, self.np_random.integers(256)
+        return ram
+
+
 class TimeLimit(Probe):
     """Cut off after every step: a time-out, which bootstraps. Value 1 / (1 - gamma)."""
 

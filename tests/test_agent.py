@@ -13,6 +13,7 @@ import torch
 from gravitar_dqn import envs as games
 from gravitar_dqn.agent import DQNAgent
 from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.training import play
@@ -371,3 +372,72 @@ def test_bf16_agrees_with_fp32_within_its_precision() -> None:
             fast_loss, fast_errors, _ = fast._q_loss(batch)
     torch.testing.assert_close(fast_errors, slow_errors, atol=0.02, rtol=0.02)
     assert fast_loss.item() == pytest.approx(slow_loss.item(), rel=0.05)
+
+
+RECIPE = {"network": "layer_norm", "policy": "target", "target_network_frequency": 0, "tau": 0.05}
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        pytest.param(probes.Both, id="vector"),
+        pytest.param(probes.RamBoth, id="RAM"),
+        pytest.param(probes.Remember, id="picture", marks=pytest.mark.slow),
+    ],
+)
+def test_probes_of_vectors_pictures_and_ram_are_solved_by_the_recipe(probe: type) -> None:
+    """What is played and evaluated is the averaged network."""
+    config = settings(**RECIPE, gamma=0.9, n_step=2, learning_rate=1e-3, stack_padding="repeat")
+    agent = learn(config, probe, 500)
+    envs = probes.vector_of(probe, 16)
+    spec = games.spec_of(envs)
+    policy = Policy(agent.config, agent.policy, spec, 16, epsilon=0.0, seed=0)
+    assert agent.policy is agent.target_network
+    assert np.mean(play_games(envs, policy, 64, seed=5)) > 0.95
+
+
+def test_the_averaged_network_follows_by_tau_at_every_gradient_step() -> None:
+    envs, agent = build(settings(**RECIPE), probes.Both)
+    for _ in islice(play(envs, agent, 1), 40):
+        pass
+    before = [p.clone() for p in agent.target_network.parameters()]
+    agent.gradient_step()
+    for old, ours, online in zip(before, agent.target_network.parameters(), agent.q_network.parameters(), strict=True):
+        torch.testing.assert_close(ours, old + 0.05 * (online - old))
+    assert any((a != b).any() for a, b in zip(before, agent.target_network.parameters(), strict=True))
+
+
+def test_a_lagged_network_that_copies_does_not_move_between_its_clock() -> None:
+    envs, agent = build(settings(target_network_frequency=10_000), probes.Both)
+    for _ in islice(play(envs, agent, 1), 40):
+        pass
+    before = [p.clone() for p in agent.target_network.parameters()]
+    agent.gradient_step()
+    for old, ours in zip(before, agent.target_network.parameters(), strict=True):
+        torch.testing.assert_close(ours, old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("policy", "name"), [("target", "target_network"), ("online", "q_network")])
+def test_the_network_that_plays_is_the_one_that_is_kept_to_play(policy: Any, name: str) -> None:
+    _, agent = build(settings(policy=policy), probes.Both)
+    for weights in agent.target_network.parameters():
+        weights.data.add_(1)
+    for key, value in getattr(agent, name).state_dict().items():
+        torch.testing.assert_close(agent.state_dict()["policy"][key], value)
+        torch.testing.assert_close(agent.policy_state()[key], value)
+    agent._epsilons.zero_()
+    agent._obs.normal_()
+    agent._choose()
+    assert agent._actions.tolist() == getattr(agent, name)(agent._obs).argmax(1).tolist()
+
+
+def test_the_learning_rate_falls_by_the_clock_of_steps() -> None:
+    config = settings(learning_rate=1e-3, learning_rate_end=1e-4, learning_rate_decay=400)
+    envs, agent = build(config, probes.Both)
+    seen = {}
+    for _ in islice(play(envs, agent, 1), 150):
+        seen[agent.global_step] = agent.optimizer.param_groups[0]["lr"]
+    learned = [step for step in seen if step > 100]
+    assert len(learned) > 20
+    for step in learned:
+        assert seen[step] == pytest.approx(1e-3 - 9e-4 * min(step / 400, 1))

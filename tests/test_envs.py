@@ -222,3 +222,57 @@ def test_films_play_at_real_speed(config: EnvConfig, fps: float) -> None:
     env, speed = games.make_recorded_env(config, lambda picture: None)
     env.close()
     assert speed == fps
+
+
+RAM = replace(PLAIN, obs_type="ram")
+
+
+def test_ram_on_threads_and_gymnasiums_own_agree() -> None:
+    """Over a whole game, its end, the reset after it and the start of the next; nothing is left to chance."""
+    ours = play(games.make_envs(replace(RAM, num_envs=2, num_threads=2)), 900, seed=1)
+    theirs = play(wrapped(replace(RAM, num_envs=2)), 900, seed=2)
+    assert ours.ends and ours.ends[0] < 890 and ours.rewards.any()
+    np.testing.assert_array_equal(ours.rewards, theirs.rewards)
+    np.testing.assert_array_equal(ours.terminations, theirs.terminations)
+    np.testing.assert_array_equal(ours.obs, theirs.obs)
+
+
+def test_ram_is_the_same_for_any_number_of_threads_and_other_for_another_seed() -> None:
+    config = EnvConfig(obs_type="ram", num_envs=5, num_threads=1)  # sticky actions and no-ops
+    alone, threads = (play(games.make_envs(replace(config, num_threads=n)), 200, seed=3) for n in (1, 3))
+    np.testing.assert_array_equal(alone.obs, threads.obs)
+    np.testing.assert_array_equal(alone.rewards, threads.rewards)
+    other = play(games.make_envs(config), 200, seed=4)
+    assert (alone.obs != other.obs).any()
+    assert len({frame.tobytes() for frame in alone.obs[-1]}) == 5, "environments play the same game"
+
+
+def test_a_ram_game_that_is_cut_off_is_truncated_and_begins_anew() -> None:
+    env = games.make_envs(replace(RAM, num_envs=2, max_frames=40))
+    played = play(env, 23)
+    assert played.truncations[:, 0].tolist() == [t in (9, 20) for t in range(23)]  # a dummy step follows each end
+    assert not played.terminations.any()
+    np.testing.assert_array_equal(played.obs[11], played.obs[0])  # without chance every game begins alike
+
+
+def test_some_ram_games_can_begin_anew_while_others_go_on() -> None:
+    env = games.make_envs(replace(RAM, num_envs=2))
+    first, _ = env.reset(seed=0)
+    for _ in range(20):
+        last, *_ = env.step(np.array([2, 2]))
+    obs, _ = env.reset(options={"reset_mask": np.array([True, False])})
+    np.testing.assert_array_equal(obs[0], first[0])
+    np.testing.assert_array_equal(obs[1], last[1])
+    env.close()
+
+
+def test_what_ram_envs_returned_is_not_overwritten_by_the_next_step() -> None:
+    env = games.make_envs(replace(RAM, num_envs=2))
+    env.reset(seed=0)
+    obs, rewards, *_ = env.step(np.array([2, 3]))
+    kept = obs.copy(), rewards.copy()
+    env.send(np.array([4, 5]))
+    env.recv()
+    np.testing.assert_array_equal(obs, kept[0])
+    np.testing.assert_array_equal(rewards, kept[1])
+    env.close()
