@@ -22,6 +22,7 @@ from torch import Tensor
 from gravitar_dqn import checkpoint
 from gravitar_dqn.config import RunConfig, UserError, from_dict, get_preset, load_run, to_dict
 
+KEY = "trained"  # one entry of the file's header holds all, since the order of several is left to chance
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 
 
@@ -61,9 +62,9 @@ def read(path: Path) -> Trained:
     """A file that `write` made; UserError when it is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata()
+            header = json.loads(file.metadata()[KEY])
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (it is no dict)
-        saved, global_step = json.loads(header["config"]), int(header["global_step"])
+        saved, global_step = header["config"], int(header["global_step"])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not hold a trained agent: {str(error).splitlines()[0]}") from None
     # Settings that are newer than the file are as in today's preset: an agent's weights outlive them.
@@ -74,7 +75,7 @@ def read(path: Path) -> Trained:
 def _over(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings: the saved ones, and defaults for those that are not there."""
     return {
-        name: _over(value, saved[name]) if isinstance(value, Mapping) else saved.get(name, value)
+        name: _over(value, saved.get(name, {})) if isinstance(value, Mapping) else saved.get(name, value)
         for name, value in defaults.items()
     }
 
@@ -82,10 +83,10 @@ def _over(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, An
 def write(trained: Trained, path: Path) -> None:
     """The weights in float16 and what they are, as one file; the same agent gives the same bytes."""
     weights = {name: value.to(torch.float16).contiguous() for name, value in trained.weights.items()}
-    header = {"config": json.dumps(to_dict(trained.config)), "global_step": str(trained.global_step)}
+    header = {"run": trained.name, "global_step": trained.global_step, "config": to_dict(trained.config)}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    save_file(weights, unfinished, metadata={**header, "run": trained.name})
+    save_file(weights, unfinished, metadata={KEY: json.dumps(header)})
     unfinished.replace(path)
 
 

@@ -106,6 +106,14 @@ def test_sampled_scores_follow_the_policy() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0)
 
 
+def test_advantages_are_normalized_over_the_steps_that_were_played() -> None:
+    values, mask = torch.tensor([3.0, 5.0, 100.0, 10.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    mean, std = 6.0, ((9 + 1 + 16) / 3) ** 0.5
+    expected = (values - mean) / std
+    torch.testing.assert_close(returns.normalized(values, mask), expected, **EXACT)
+    assert torch.isfinite(returns.normalized(torch.ones(3), torch.ones(3))).all()
+
+
 def test_pixel_changes_against_a_loop() -> None:
     frames = torch.rand(2, 3, 84, 84)
     changes = returns.pixel_changes(frames)

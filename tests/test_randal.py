@@ -202,6 +202,17 @@ def test_the_bonus_is_divided_by_the_std_of_its_discounted_sums_along_time() -> 
         torch.testing.assert_close(curiosity.rewards(bonus), expected.float(), rtol=1e-3, atol=1e-4)
 
 
+def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> None:
+    curiosity = Curiosity(PredictorMLP, (1,))
+    curiosity.attach(num_envs=3, gamma=0.9, init_updates=2)
+    bonus, generator = torch.rand(5, 3) + 1, torch.Generator().manual_seed(0)
+    for _ in range(2):
+        assert not curiosity.rewards(bonus).any()
+        assert not curiosity.forward_filter.returns.any() and curiosity.reward_rms.count < 1
+        curiosity.loss(torch.ones(4), generator)
+    assert (curiosity.rewards(bonus) > 0).all() and curiosity.reward_rms.count > 14
+
+
 def test_the_statistics_take_in_a_rollout_after_all_that_used_the_old_ones() -> None:
     envs, agent = build(settings(), probes.DelayedReward)
     counts: dict[str, float] = {}
