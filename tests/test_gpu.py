@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CONFIG = Config(
     env=EnvConfig(num_envs=4),
     agent=DQNConfig(buffer_size=1_000, learning_starts=50, batch_size=32, train_frequency=4, n_step=3),
-    rnd=RNDConfig(init_updates=5),
+    rnd=RNDConfig(coef=0.1, init_updates=5),
     precision="fp32",
 )
 
 
-def build(config: Config, device: str) -> tuple[Any, DQNAgent]:
+def build(config: Config, device: str, probe: type = probes.Remember) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
-    envs = probes.vector_of(probes.Remember, config.env.num_envs)
+    envs = probes.vector_of(probe, config.env.num_envs)
     return envs, DQNAgent(config, games.spec_of(envs), torch.device(device))
 
 
@@ -67,20 +67,22 @@ def test_act_curiosity_and_updates_are_captured(capsys: pytest.CaptureFixture[st
     assert any((old != new).any() for old, new in zip(before[1], agent.q_network.parameters(), strict=True))
 
 
-def test_graphs_learn_what_eager_learns() -> None:
-    envs, agent = build(replace(CONFIG, execution="eager"), "cuda")
+@pytest.mark.parametrize("probe", [probes.Remember, probes.RamBoth], ids=["pictures", "RAM"])
+def test_graphs_learn_what_eager_learns(probe: type) -> None:
+    envs, agent = build(replace(CONFIG, execution="eager"), "cuda", probe)
     for _ in islice(play(envs, agent, 1), 60):
         pass
     state = copy.deepcopy(agent.state_dict(replay=True))
     learned = {}
     for execution in ("eager", "graphs"):
-        _, twin = build(replace(CONFIG, execution=execution), "cuda")
+        _, twin = build(replace(CONFIG, execution=execution), "cuda", probe)
         twin.load_state_dict(copy.deepcopy(state))
         for _ in range(10):
             twin.gradient_step()
         if execution == "graphs":
             assert twin.learn._graph is not None
-        learned[execution] = [parameter.detach().clone() for parameter in twin.q_network.parameters()]
+        networks = (twin.q_network, twin.target_network)
+        learned[execution] = [p.detach().clone() for network in networks for p in network.parameters()]
     for eager, graphs in zip(learned["eager"], learned["graphs"], strict=True):
         torch.testing.assert_close(eager, graphs, rtol=1e-3, atol=1e-4)
 
