@@ -64,7 +64,7 @@ class Curve:
     game: str
     x: Floats  # (games,), rising
     scores: Floats  # (games,), a moving mean
-    evaluation: float | None  # mean of eval.json
+    evaluation: tuple[float, float] | None  # x and mean of eval.json
 
 
 def plot(options: PlotConfig) -> None:
@@ -143,15 +143,22 @@ def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
     steps, scores = games["global_step"], games["episodic_return"]
     if not len(steps) or not len(metrics["global_step"]):
         raise UserError(f"{run_dir} has no finished games yet")
-    if unit == "minutes":
-        steps = np.interp(steps, np.append(0.0, metrics["global_step"]), np.append(0.0, metrics["wall_seconds"]) / 60)
-    elif unit == "frames":
-        steps = steps * (metrics["frames"][-1] / max(metrics["global_step"][-1], 1))
+    frames_per_step = metrics["frames"][-1] / max(metrics["global_step"][-1], 1)
+
+    def over(steps: Floats) -> Floats:
+        if unit == "minutes":
+            seconds = np.append(0.0, metrics["wall_seconds"])
+            return np.interp(steps, np.append(0.0, metrics["global_step"]), seconds) / 60
+        return steps * frames_per_step if unit == "frames" else steps
+
+    evaluation = evaluation_of(run_dir)
+    if evaluation is not None:
+        evaluation = float(over(np.array(evaluation[0] / frames_per_step))), evaluation[1]
     preset = PRESETS.get(config.preset)
     changed = [] if preset is None else [line.partition(":")[0] for line in differences(preset, config)]
     values = flatten(to_dict(config))
     settings = {name: values[name] for name in changed if name not in UNDECIDING}
-    return Curve(config.preset, settings, config.env.id, steps, moving_mean(scores, smooth), evaluation_of(run_dir))
+    return Curve(config.preset, settings, config.env.id, over(steps), moving_mean(scores, smooth), evaluation)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, Floats]:
@@ -176,10 +183,11 @@ def moving_mean(values: Floats, window: int) -> Floats:
     return np.asarray((sums[last] - sums[first]) / (last - first), dtype=np.float64)
 
 
-def evaluation_of(run_dir: Path) -> float | None:
-    """The mean score in eval.json; None when there is none."""
+def evaluation_of(run_dir: Path) -> tuple[float, float] | None:
+    """Frames trained and mean score in eval.json; None when there is none."""
     try:
-        return float(json.loads((run_dir / "eval.json").read_text())["mean"])
+        result = json.loads((run_dir / "eval.json").read_text())
+        return float(result["frames_trained"]), float(result["mean"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -209,10 +217,11 @@ def draw(axes: Axes, name: str, group: Sequence[Curve], color: str, style: str) 
     axes.plot(grid, scores.mean(0), style, color=color, linewidth=1.6, label=label)
     if len(group) > 1:
         axes.fill_between(grid, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-    means = np.array([curve.evaluation for curve in group if curve.evaluation is not None])
-    if len(means):
+    found = np.array([curve.evaluation for curve in group if curve.evaluation is not None])
+    if len(found):
+        at, means = found[:, 0].mean(), found[:, 1]
         spread = [[means.mean() - means.min()], [means.max() - means.mean()]]
-        axes.errorbar(end, means.mean(), spread, fmt="D", color=color, markersize=5, capsize=3, clip_on=False)
+        axes.errorbar(at, means.mean(), spread, fmt="D", color=color, markersize=5, capsize=3, clip_on=False)
 
 
 def check_published(options: PlotConfig, curves: Sequence[Curve]) -> None:

@@ -127,7 +127,7 @@ class RND(nn.Module):
 
 
 class NotebookRND(nn.Module):
-    """The original's bonus, faults included: see "Faults of the original" in the README.
+    """The original's bonus, faults included: see the table of its faults in gravitar_dqn/README.md.
 
     Only the target's input is divided by 255, the predictor never learns, and the bonus is normalized once, when it
     is stored, by mean and standard deviation of the last 1 000.

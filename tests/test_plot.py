@@ -105,7 +105,7 @@ def test_seeds_of_the_same_settings_are_a_band(tmp_path: Path, figures: list[Fig
     make_run(tmp_path / "sweep" / "b", agent__n_step=4, agent__double_q=False)
     (tmp_path / "sweep" / "notes").mkdir()
     for name, mean in (("a1", 40.0), ("a2", 80.0)):
-        (tmp_path / "sweep" / name / "eval.json").write_text(json.dumps({"mean": mean}))
+        (tmp_path / "sweep" / name / "eval.json").write_text(json.dumps({"mean": mean, "frames_trained": 40}))
     assert draw("sweep", "--smooth", 1, "--x", "steps") == 0
     assert Path("curves.png").read_bytes().startswith(PNG)
     axes = figures[0].axes[0]
@@ -190,7 +190,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["run", "empty"], "empty is not a run's folder, and there is none in it"),
         (["young/a"], "young/a has no finished games yet"),
         (["young"], "young/a has no finished games yet, and 1 more like it"),
-        (["torn"], "torn/eval.json cannot be read: 'mean'"),
+        (["torn"], "torn/eval.json cannot be read: 'frames_trained'"),
         (["run", "--x", "hours"], "invalid choice 'hours'"),
         (["run", "--smooth", "0"], "--smooth is 0: it must be finite and between 1 and 1000000000.0"),
         (["run", "--out", "curves.xyz"], "--out is curves.xyz: Format 'xyz' is not supported"),

@@ -1,4 +1,4 @@
-"""Each fault of the reference implementation: its form fails the check that ours passes. See the README's table."""
+"""Each fault of the reference, its form failing the check that ours passes: see gravitar_dqn/randal/README.md."""
 
 from itertools import islice
 from pathlib import Path
