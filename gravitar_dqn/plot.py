@@ -148,7 +148,7 @@ def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
     def over(steps: Floats) -> Floats:
         if unit == "minutes":
             seconds = np.append(0.0, metrics["wall_seconds"])
-            return np.interp(steps, np.append(0.0, metrics["global_step"]), seconds) / 60
+            return np.asarray(np.interp(steps, np.append(0.0, metrics["global_step"]), seconds) / 60)
         return steps * frames_per_step if unit == "frames" else steps
 
     evaluation = evaluation_of(run_dir)

@@ -105,7 +105,7 @@ def test_seeds_of_the_same_settings_are_a_band(tmp_path: Path, figures: list[Fig
     make_run(tmp_path / "sweep" / "b", agent__n_step=4, agent__double_q=False)
     (tmp_path / "sweep" / "notes").mkdir()
     for name, mean in (("a1", 40.0), ("a2", 80.0)):
-        (tmp_path / "sweep" / name / "eval.json").write_text(json.dumps({"mean": mean, "frames_trained": 40}))
+        (tmp_path / "sweep" / name / "eval.json").write_text(json.dumps({"mean": mean, "frames_trained": 20_000}))
     assert draw("sweep", "--smooth", 1, "--x", "steps") == 0
     assert Path("curves.png").read_bytes().startswith(PNG)
     axes = figures[0].axes[0]
