@@ -197,6 +197,11 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts() -> None:
     assert peers.our_config("cpu", 8_192).agent.buffer_size > 3 * 8_192
 
 
+def test_curiosity_is_measured_though_the_preset_has_none() -> None:
+    assert peers.our_config("cpu", 16).rnd.coef > 0
+    assert peers.our_config("cpu", 16, curious=False).rnd.coef == 0
+
+
 def test_the_record_and_the_table_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
