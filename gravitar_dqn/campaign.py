@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE_SECONDS = 2.0  # from one writing of campaign.json to the next
+NO_SNAPSHOTS = "kept no checkpoints of its last sixth"  # from the words of `snapshots`
 TRIES = 2  # calls that may begin a stage other than training
 End = Literal["done", "failed", "cut short", "stopped"]
 
@@ -195,7 +196,9 @@ class Campaign:
         words = ["eval", str(self._options.run_dir), f"--episodes={self._options.games}"]
         words += [f"--snapshots={self._options.snapshots}", f"--device={self._options.device}"]
         self._simple("evaluation", stage, processes.package_command(words))
-        if stage.outcome == DONE:
+        if stage.outcome == FAILED and NO_SNAPSHOTS in stage.said:  # a run that ended early: it was evaluated
+            _ended(stage, DONE, f"{self._options.run_dir.name}/eval.json; no snapshots")
+        elif stage.outcome == DONE:
             stage.said = f"{self._options.run_dir.name}/eval.json"
             newest = (checkpoint.folder(self._options.run_dir) / "latest").resolve()
             for path in newest.parent.glob("step_*.pt"):  # the others have served, and are most of what travels
@@ -219,12 +222,12 @@ class Campaign:
     ) -> None:
         """A stage that is a process: run it, unless it would not fit into this call."""
         fresh, seconds = self._fresh, self._left
+        if not fresh and seconds < self._options.needed(name):
+            return None
         if before_training:
             seconds = min(seconds, self._training_left - self._options.least)
             if seconds <= 0:
                 return _ended(stage, SKIPPED, "no time was left for it")
-        if self._left < self._options.needed(name) and not fresh:
-            return None
         if stage.tries >= TRIES:
             return _ended(stage, CUT_SHORT, f"{stage.tries} calls were too short for it")
         stage.tries += 1
@@ -261,7 +264,7 @@ class Campaign:
         finally:
             _kill(process)
             stage.seconds = before + monotonic() - began
-        if interrupted:
+        if interrupted and (process.returncode or name == "train"):  # another may have ended at that very moment
             return "stopped" if stopped else "cut short"
         return "done" if process.returncode == 0 else "failed"
 

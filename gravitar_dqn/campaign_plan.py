@@ -49,7 +49,7 @@ class CampaignConfig:
     """What is trained."""
     dir: Path = Path("runs/campaign")
     """The campaign's folder; it may be moved to another machine between two calls."""
-    minutes: float = field(default=45.0, metadata={"low": 0.5, "high": 1e6})
+    minutes: float = field(default=45.0, metadata={"low": 0.1, "high": 1e6})
     """Time of the whole campaign, all calls together. Only an evaluation that is slow may exceed it."""
     piece_minutes: float = field(default=9.0, metadata={"low": 0.25, "high": 1e6})
     """This call ends before so much time has passed; the next one goes on."""
@@ -85,7 +85,7 @@ class CampaignConfig:
     @property
     def least(self) -> float:
         """Seconds of the shortest training that is worth its start."""
-        return min(60.0, 0.2 * self.piece_seconds)
+        return min(60.0, 0.2 * self.piece_seconds, 6.0 * self.minutes)
 
     @property
     def games(self) -> int:
@@ -128,8 +128,9 @@ def free_arguments(options: CampaignConfig, trained: float, left: float, span: f
         span: seconds of training in this call.
     """
     minutes = (trained + left) / 60
-    free = for_snapshots(options.snapshots, minutes)
-    if trained + span < 60 * minutes * (1 - LAST_PART):  # nothing of the last part yet: what travels stays small
+    probable = 0.9 * minutes  # starting and saving take time too
+    free = for_snapshots(options.snapshots, probable)
+    if trained + span < 60 * probable * (1 - LAST_PART):  # nothing of the last part yet: what travels stays small
         free["keep_checkpoints"] = "2"
     free |= {"total_minutes": f"{minutes:.4f}", "device": options.device}
     return list(as_options(get_preset(options.preset), free))

@@ -138,7 +138,7 @@ def test_noise_fills_a_buffer_with_whole_games() -> None:
     ("words", "told"),
     [
         (["--rounds", "0"], "--rounds is 0: it must be finite and at least 1"),
-        (["--num-envs", "0"], "--num_envs is 0"),
+        (["--num-envs", "0"], "--num-envs is 0"),
         (["--seconds", "-1"], "--seconds is -1.0: it must be finite and between 0.01 and 3600"),
         (["--sizes", "10"], "--sizes is 10: every size must be at least 1000"),
         (["--json", "nowhere/at/all.json"], "nowhere/at/all.json cannot be written"),
