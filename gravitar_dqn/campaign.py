@@ -48,7 +48,7 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
 
     `read` gives the configuration that arguments of `train` stand for; UserError when they cannot be.
     """
-    began = monotonic()
+    began = monotonic() - processes.age()  # on a busy machine the imports take seconds
     check_here(options, read(arguments_of(options)))
     from gravitar_dqn.training import Stop, lock
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,14 @@ def start(
 def _end_with_parent() -> None:
     if _LIBC is not None:
         _LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def age() -> float:
+    """Seconds since this process was started, where the system tells; else 0."""
+    if sys.platform != "linux":
+        return 0.0
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine was started
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import rows, script
+from run_helpers import ROOT, rows, script
 
 from gravitar_dqn import campaign, campaign_plan, checkpoint, cli, execution, snapshots, trained
 from gravitar_dqn.campaign_plan import STAGES, CampaignConfig, Stage
@@ -53,6 +54,7 @@ class Processes:
         self.last_line = "12 passed"
         self.steps = 0
         monkeypatch.setattr(campaign, "monotonic", lambda: self.now)
+        monkeypatch.setattr(campaign.processes, "age", lambda: 0.0)
         monkeypatch.setattr(campaign.Campaign, "_process", lambda *given: self.process(*given))
         monkeypatch.setattr(execution, "choose_device", lambda name: torch.device("cuda"))
         monkeypatch.setattr(trained, "from_run", lambda run_dir: run_dir)
@@ -306,6 +308,13 @@ def test_every_preset_has_a_quick_form(preset: str) -> None:
 
 
 # ---------------------------------------------------------------- with real processes
+
+
+def test_a_process_knows_when_it_was_started() -> None:
+    code = "import time; time.sleep(0.5); from gravitar_dqn.processes import age; print(age())"
+    began = time.monotonic()
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
+    assert 0.5 <= float(told) <= time.monotonic() - began + 0.02
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
