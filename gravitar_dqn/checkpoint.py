@@ -38,10 +38,7 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        link = home / "latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(home / "latest")
+        _point_to(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         aside.unlink(missing_ok=True)
         raise OSError(f"checkpoint not written: {error}") from error
@@ -52,6 +49,21 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     for torn in home.glob("step_*.tmp"):  # left by a kill
         torn.unlink(missing_ok=True)
     return path
+
+
+def _point_to(path: Path) -> None:
+    """Let `latest` be this checkpoint."""
+    link = path.with_name("latest.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.with_name("latest"))
+
+
+def mend(run_dir: Path) -> None:
+    """Make `latest` again after a copy of the run's folder, which may have lost the link or made a file of it."""
+    paths = sorted(folder(run_dir).glob("step_*.pt"))
+    if paths and not ((link := folder(run_dir) / "latest").is_symlink() and link.exists()):
+        _point_to(paths[-1])
 
 
 def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

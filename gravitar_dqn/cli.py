@@ -1,4 +1,4 @@
-"""The command line: `gravitar-dqn train | eval | watch | sweep | plot | bench | dashboard`, and what scripts/ run.
+"""The command line, `gravitar-dqn train | eval | watch | sweep | campaign | plot | bench | dashboard`, and scripts/.
 
 Torch and the games are imported only by what needs them, so that `--help` answers at once.
 """
@@ -270,6 +270,17 @@ def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
     return sweep.run(options, jobs, core_sets)
 
 
+def campaign_command(argv: Sequence[str], prog: str = "campaign.py") -> int:
+    """`campaign [PRESET] [options]`."""
+    from gravitar_dqn import campaign
+    from gravitar_dqn.campaign_plan import CampaignConfig
+
+    description = "Run the GPU tests, the benchmark, and the longest training that the time allows; then evaluate it."
+    options = parse(CampaignConfig, argv, prog, f"{description} The same command again goes on with the next piece.")
+    check_bounds(options, "--")
+    return campaign.run(options, lambda words: parse_train(words, prog.replace("campaign", "train"))[0].config)
+
+
 def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
     """`plot RUN_DIR [RUN_DIR ...] [options]`."""
     from gravitar_dqn.plot import PlotConfig, plot
@@ -303,6 +314,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval": evaluate_command,
     "watch": watch_command,
     "sweep": sweep_command,
+    "campaign": campaign_command,
     "plot": plot_command,
     "bench": bench_command,
     "dashboard": dashboard_command,

@@ -464,7 +464,8 @@ def check_bounds(settings: Any, prefix: str = "") -> None:
         value, low, high = getattr(settings, setting.name), setting.metadata["low"], setting.metadata["high"]
         if not (low <= value <= high and math.isfinite(value)):  # a NaN is in no range
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise UserError(f"{prefix}{setting.name} is {value}: it must be finite and {bounds}")
+            name = setting.name.replace("_", "-") if prefix == "--" else setting.name
+            raise UserError(f"{prefix}{name} is {value}: it must be finite and {bounds}")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def our_config(
     if plain:
         agent = replace(agent, double_q=False, n_step=1, priority_exponent=0.0, max_grad_norm=max_grad_norm)
     # Curiosity from the first gradient steps on, as in any run but the beginning of one.
-    rnd = RNDConfig(init_updates=1) if curious else RNDConfig(coef=0.0)
+    rnd = RNDConfig(coef=0.1, init_updates=1) if curious else RNDConfig(coef=0.0)
     config = Config(env=EnvConfig(id=GAME, num_envs=num_envs), agent=agent, rnd=rnd, device=device)
     if not fast:
         config = replace(config, precision="fp32", execution="eager")

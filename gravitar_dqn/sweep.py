@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -19,7 +15,18 @@ from typing import Any
 import numpy as np
 
 from gravitar_dqn.config import UserError
-from gravitar_dqn.sweep_plan import Job, SweepConfig, claim, read_json
+from gravitar_dqn.processes import (
+    command_again,
+    hang_up_stops,
+    how_to_train,
+    last_line,
+    package_command,
+    read_json,
+    read_rows,
+    start,
+    wall_seconds,
+)
+from gravitar_dqn.sweep_plan import Job, SweepConfig, claim
 from gravitar_dqn.tracking import CsvLog, tell, warn
 
 COLUMNS = (
@@ -59,7 +66,7 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
     with lock(options.folder):
         claim(options)
         sweep = Sweep(options, jobs)
-        with Stop() as stop, _hang_up_stops():
+        with Stop() as stop, hang_up_stops():
             threads = [threading.Thread(target=sweep.work, args=(cores,)) for cores in core_sets]
             for thread in threads:
                 thread.start()
@@ -86,26 +93,6 @@ def check_here(jobs: Sequence[Job]) -> None:
             check_execution(job.config, choose_device(job.config.device))
         except UserError as error:
             raise UserError(f"{job.preset} {job.variant}: {error}") from None
-
-
-@contextlib.contextmanager
-def _hang_up_stops() -> Iterator[None]:
-    """A terminal that is closed stops the sweep as Ctrl-C does; its processes have a session of their own."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def command_again() -> str:
-    """What was typed."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        return shlex.join([sys.executable, "-m", "gravitar_dqn", *sys.argv[1:]])
-    return shlex.join([sys.executable, *sys.argv] if program.suffix == ".py" else sys.argv)
 
 
 class Sweep:
@@ -187,7 +174,7 @@ class Sweep:
     def _do(self, job: Job, threads: int) -> None:
         began, trained = monotonic(), wall_seconds(job.run_dir)
         log = job.run_dir.with_name(job.run_dir.name + ".log")
-        if not self._process(["train", *how_to_train(job)], log, threads):
+        if not self._process(["train", *how_to_train(job.run_dir, job.arguments)], log, threads):
             # A sweep that was killed may have left a complete run without its row.
             if self.stopped or " is complete (" not in last_line(log):
                 return self._failed(job, log)
@@ -219,60 +206,16 @@ class Sweep:
                 self.failures += 1
 
     def _process(self, words: Sequence[str], log: Path, threads: int) -> bool:
-        """Run a command of the package to its end; whether it succeeded. What it prints is added to `log`.
-
-        In a session of its own, a Ctrl-C on the terminal reaches the process only through this one, and so once.
-        """
-        command = [sys.executable, "-m", "gravitar_dqn", *words]
-        with log.open("ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
-            file.flush()
-            with self._lock:
-                if self.stopped:
-                    return False
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                )
-                self._processes.add(process)
+        """Run a command of the package to its end; whether it succeeded. What it prints is added to `log`."""
+        with self._lock:
+            if self.stopped:
+                return False
+            process = start(package_command(words), log, env={"OMP_NUM_THREADS": str(threads)})
+            self._processes.add(process)
         process.wait()
         with self._lock:
             self._processes.remove(process)
         return process.returncode == 0
-
-
-def how_to_train(job: Job) -> list[str]:
-    """Arguments of `train` that begin the run, or go on with it."""
-    if (job.run_dir / "checkpoints" / "latest").exists():
-        return ["--resume", str(job.run_dir)]
-    if job.run_dir.exists():  # killed before its first checkpoint: train would refuse the folder
-        shutil.rmtree(job.run_dir)
-    return [*job.arguments, "--run-dir", str(job.run_dir)]
-
-
-def wall_seconds(run_dir: Path) -> float:
-    """Training time so far, by metrics.csv; 0 before there is any."""
-    rows = read_rows(run_dir / "metrics.csv")
-    return float(rows[-1]["wall_seconds"]) if rows else 0.0
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV file's whole rows; none when there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if line.endswith("\n"))
-        return [row for row in rows if None not in row and None not in row.values()]
-
-
-def last_line(path: Path) -> str:
-    """The last line of a log that says anything."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("$ ")), "")
 
 
 def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:

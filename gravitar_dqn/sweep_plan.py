@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from gravitar_dqn.config import RunConfig, UserError, check_bounds, flatten, get_preset, to_dict, validate
+from gravitar_dqn.processes import read_json, write_json
 
 BASE = "base"
 LAST_PART = 1 / 6  # of the training time, where snapshots are taken
@@ -60,6 +59,12 @@ class SweepConfig:
         """The sweep's folder."""
         return self.dir or Path("runs") / "sweeps" / shortened("_".join(dict.fromkeys(self.presets)))
 
+    @property
+    def own(self) -> dict[str, str]:
+        """Settings that the sweep sets itself, and how it is told to."""
+        snapshots = {"checkpoint_minutes": "--snapshots sets it", "keep_checkpoints": "--snapshots sets it"}
+        return OWN | (snapshots if self.snapshots else {})
+
 
 @dataclass(frozen=True)
 class Job:
@@ -99,8 +104,8 @@ def plan(options: SweepConfig, threads: int, read: Callable[[Sequence[str]], Run
         raise UserError("no preset: name one or more first, sweep gravitar ...")
     if not options.seeds:
         raise UserError("--seeds names no seed")
-    shared = read_settings(options.settings, "--settings", options)
-    changes = [read_settings(text, "--variants", options) for text in options.variants]
+    shared = read_settings(options.settings, "--settings", options.own)
+    changes = [read_settings(text, "--variants", options.own) for text in options.variants]
     if not all(changes):
         raise UserError("--variants has an empty text: a variant is setting=value; the base runs unless --no-base")
     variants = dict.fromkeys([BASE] * options.base) | {label(changed): changed for changed in changes}
@@ -114,21 +119,20 @@ def plan(options: SweepConfig, threads: int, read: Callable[[Sequence[str]], Run
     return list(_with_seeds(options, jobs))
 
 
-def read_settings(text: str, option: str, options: SweepConfig) -> dict[str, str]:
-    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or the sweep's own."""
+def read_settings(text: str, option: str, own: Mapping[str, str], owner: str = "a sweep") -> dict[str, str]:
+    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or `owner`'s own (name: why)."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"{option} {text!r} cannot be read: {error}") from None
     settings = {}
-    own = OWN | ({"checkpoint_minutes": "--snapshots sets it", "keep_checkpoints": "--snapshots sets it"})
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not equals or not name:
             raise UserError(f"{option} {text!r}: {word!r} is not of the form setting=value")
-        if name in (own if options.snapshots else OWN):
-            raise UserError(f"{option} {text!r}: {name} is not for a sweep to change, {own[name]}")
+        if name in own:
+            raise UserError(f"{option} {text!r}: {name} is not for {owner} to change, {own[name]}")
         settings[name] = value
     return settings
 
@@ -150,15 +154,22 @@ def make_job(
     default = get_preset(preset)
     given = {"dashboard": "off", "video_every": "0", "env.num_threads": str(threads), **settings}
     given |= {"total_minutes": f"{options.minutes:g}"}
-    if options.snapshots:  # a little oftener than needed: saving takes time too
-        given["checkpoint_minutes"] = f"{max(0.9 * options.minutes * LAST_PART / options.snapshots, 1e-4):g}"
-        given["keep_checkpoints"] = str(options.snapshots * 10 // 9 + 4)
+    if options.snapshots:
+        given |= for_snapshots(options.snapshots, options.minutes)
     arguments = (preset, *as_options(default, given))
     try:
         config = read(arguments)
     except UserError as error:
         raise UserError(f"{preset} {variant}: {error}") from None
     return Job(preset, variant, 0, arguments, config, options.folder)
+
+
+def for_snapshots(count: int, minutes: float) -> dict[str, str]:
+    """Settings of a run of so many minutes that keeps `count` checkpoints of its last part, and some to choose from."""
+    return {  # a little oftener than needed: saving takes time too
+        "checkpoint_minutes": f"{max(0.9 * minutes * LAST_PART / count, 1e-4):g}",
+        "keep_checkpoints": str(count * 10 // 9 + 4),
+    }
 
 
 def as_options(preset: RunConfig, settings: Mapping[str, str]) -> Iterator[str]:
@@ -199,7 +210,7 @@ def claim(options: SweepConfig) -> None:
     fixed = asdict(options)
     for name in ("presets", "variants", "seeds", "base", "budget_minutes", "dir"):
         del fixed[name]
-    fixed["settings"] = label(read_settings(options.settings, "--settings", options))
+    fixed["settings"] = label(read_settings(options.settings, "--settings", options.own))
     path = options.folder / "sweep.json"
     if path.exists():
         before = read_json(path)
@@ -213,17 +224,4 @@ def claim(options: SweepConfig) -> None:
     if options.folder.exists() and any(name.name != "lock" for name in options.folder.iterdir()):
         raise UserError(f"{options.folder} exists and is not a sweep's folder: another --dir starts anew")
     options.folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(fixed, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; UserError when there is none in it."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no table")
-    return found
+    write_json(path, fixed)

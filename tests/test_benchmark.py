@@ -138,7 +138,7 @@ def test_noise_fills_a_buffer_with_whole_games() -> None:
     ("words", "told"),
     [
         (["--rounds", "0"], "--rounds is 0: it must be finite and at least 1"),
-        (["--num-envs", "0"], "--num_envs is 0"),
+        (["--num-envs", "0"], "--num-envs is 0"),
         (["--seconds", "-1"], "--seconds is -1.0: it must be finite and between 0.01 and 3600"),
         (["--sizes", "10"], "--sizes is 10: every size must be at least 1000"),
         (["--json", "nowhere/at/all.json"], "nowhere/at/all.json cannot be written"),
@@ -195,6 +195,11 @@ def test_the_networks_and_the_replay_buffer_are_measured() -> None:
 
 def test_settings_that_cannot_be_are_refused_before_anything_starts() -> None:
     assert peers.our_config("cpu", 8_192).agent.buffer_size > 3 * 8_192
+
+
+def test_curiosity_is_measured_though_the_preset_has_none() -> None:
+    assert peers.our_config("cpu", 16).rnd.coef > 0
+    assert peers.our_config("cpu", 16, curious=False).rnd.coef == 0
 
 
 def test_the_record_and_the_table_agree(

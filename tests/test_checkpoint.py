@@ -41,6 +41,24 @@ def test_latest_survives_moving_the_run(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "b")["agent"]["clocks"][0] == 7
 
 
+@pytest.mark.parametrize("copied", ["without links", "links as files", "all but the newest"])
+def test_latest_is_made_again_after_a_copy_that_lost_it(copied: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, state(step), step)
+    home = checkpoint.folder(tmp_path)
+    newest = (home / "latest").resolve()
+    if copied == "all but the newest":
+        newest.unlink()
+    else:
+        (home / "latest").unlink()
+    if copied == "links as files":
+        (home / "latest").write_bytes(newest.read_bytes())
+    checkpoint.mend(tmp_path)
+    assert (home / "latest").is_symlink()
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == (1 if copied == "all but the newest" else 2)
+    checkpoint.mend(tmp_path / "nothing there")
+
+
 def test_the_newest_and_the_one_before_it_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 30, 400):
         checkpoint.save(tmp_path, state(step), step)

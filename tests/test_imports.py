@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 # Each module may import from the layers above its own.
 LAYERS = [
     {"config", "returns", "visdom_files"},
-    {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server"},
+    {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server", "processes"},
     {"rnd", "randal.networks", "trained", "sweep_plan", "plot"},
-    {"agent", "evaluation", "dashboard", "randal.curiosity", "randal.tasks"},
-    {"randal.agent", "overlay", "snapshots"},
+    {"agent", "evaluation", "dashboard", "campaign_plan", "randal.curiosity", "randal.tasks"},
+    {"randal.agent", "overlay", "snapshots", "campaign_table"},
     {"recording"},
     {"training"},
-    {"randal.trainer", "peers", "sweep"},
+    {"randal.trainer", "peers", "sweep", "campaign"},
     {"benchmark"},
     {"cli"},
     {"__main__"},
