@@ -48,7 +48,7 @@ class DQNAgent:
     """
 
     learns_while_playing = True
-    metric_names: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ("learning_rate",)
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DQNAgent:
             spec.frame_dtype,
             stack=spec.stack,
             n_step=settings.n_step,
-            padding=settings.stack_padding,
+            padding=config.stack_padding,
             priority_exponent=settings.priority_exponent,
             device=device,
         )
@@ -314,6 +314,7 @@ class DQNAgent:
             "q_mean": q_mean / updates if updates else nan,
             "buffer_fill": self.replay.fill,
             "int_reward_max": int_max if np.isfinite(int_max) else nan,
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
 
     def policy_state(self) -> dict[str, Any]:

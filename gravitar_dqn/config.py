@@ -47,7 +47,7 @@ class EnvConfig:
     sticky_actions: float = _bounded(0.25, high=1)
     """Probability that the emulator repeats the last action instead of the chosen one."""
     noop_max: int = _bounded(30)
-    """Up to this many no-ops at the start of an image game."""
+    """An ALE game starts with no-ops of up to this many emulator frames."""
     max_frames: int = _bounded(108_000, low=1)
     """A game is cut off (truncated) after this many emulator frames."""
 
@@ -89,7 +89,7 @@ class DQNConfig:
     learning_starts: int = _bounded(20_000)
     """Learning begins when more transitions than this are stored."""
     stack_padding: Padding = "zero"
-    """What a stack holds before a game's first frame: zeros, or that frame again."""
+    """What a stack of pictures holds before a game's first: zeros, or that frame again (as RAM always does)."""
     batch_size: int = _bounded(128, low=1)
     """Transitions in a gradient step."""
     clock: Literal["steps", "episodes"] = "steps"
@@ -104,7 +104,7 @@ class DQNConfig:
     """Share of the Q network that goes into the target network at each of its updates; 1 copies."""
     learning_rate: float = _bounded(2e-4)
     """Adam's, for the Q network, at the start."""
-    learning_rate_end: float = _bounded(2e-4)
+    learning_rate_end: float = _bounded(0.0)
     """After learning_rate_decay steps."""
     learning_rate_decay: int = _bounded(0)
     """Agent steps over which the learning rate changes linearly; 0: it stays."""
@@ -265,7 +265,7 @@ class Config(RunConfig):
     @property
     def stack_padding(self) -> Padding:
         """What a stack holds before a game's first frame."""
-        return self.agent.stack_padding
+        return "repeat" if self.env.obs_type == "ram" else self.agent.stack_padding
 
 
 @dataclass(frozen=True)
@@ -335,9 +335,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             GRAVITAR,
             preset="gravitar-ram",
             env=EnvConfig(obs_type="ram", num_envs=64),
-            agent=DQNConfig(
-                buffer_size=1_000_000, stack_padding="repeat", batch_size=512, train_frequency=64, gradient_steps=2
-            ),
+            agent=DQNConfig(buffer_size=1_000_000, batch_size=512, train_frequency=64, gradient_steps=2),
         ),
         "cartpole": replace(
             GRAVITAR,

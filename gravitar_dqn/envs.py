@@ -57,7 +57,7 @@ class EnvSpec:
     @property
     def is_ram(self) -> bool:
         """Whether a frame is the console's RAM."""
-        return not self.is_picture and self.frame_dtype == torch.uint8
+        return self.frame_shape == (RAM_BYTES,) and self.frame_dtype == torch.uint8
 
     @property
     def stack(self) -> int:
@@ -98,7 +98,7 @@ class RamVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: games played side by side.
         num_threads: threads that play them.
         sticky_actions: probability that the emulator repeats the last action instead of the chosen one.
-        noop_max: up to this many no-ops at a game's start.
+        noop_max: a game starts with no-ops of up to this many emulator frames.
         max_frames: emulator frames after which a game is cut off (truncated).
     """
 
@@ -117,12 +117,13 @@ class RamVectorEnv(VectorEnv[Any, Any, Any]):
             ale.setFloat("repeat_action_probability", sticky_actions)
             ale.setInt("max_num_frames_per_episode", max_frames)
         self.num_envs, self._noop_max = num_envs, noop_max
-        self._random = [np.random.default_rng(i) for i in range(num_envs)]  # of the no-ops
+        self._random = [np.random.default_rng() for _ in range(num_envs)]  # of the no-ops
+        self._seeded = False
         self._ended = np.zeros(num_envs, dtype=np.bool_)
         self._pool = ThreadPoolExecutor(num_threads)
         self._shares = [range(i, num_envs, num_threads) for i in range(num_threads)]
         self._pending: list[Future[None]] = []
-        self._load(range(1), 0)
+        self._games[0].loadROM(self._rom)  # for the actions; `reset` seeds and loads all
         self._actions = list(self._games[0].getMinimalActionSet())
         self.single_observation_space = gym.spaces.Box(0, 255, (RAM_BYTES,), np.uint8)
         self.single_action_space = gym.spaces.Discrete(len(self._actions))
@@ -138,23 +139,21 @@ class RamVectorEnv(VectorEnv[Any, Any, Any]):
         self._terminations = np.zeros(self.num_envs, dtype=np.bool_)
         self._truncations = np.zeros(self.num_envs, dtype=np.bool_)
 
-    def _load(self, share: range, seed: int) -> None:
-        """Seed these emulators, which takes loading the game anew."""
-        for i in share:
-            self._games[i].setInt("random_seed", (seed + i) % 2**31)
-            self._games[i].loadROM(self._rom)
-            self._random[i] = np.random.default_rng(seed + i)
-
     def _begin(self, i: int) -> None:
-        self._games[i].reset_game()
-        for _ in range(self._random[i].integers(0, self._noop_max + 1)):
-            self._games[i].act(ale_py.Action.NOOP)
-        self._games[i].getRAM(self._obs[i])
+        ale = self._games[i]
+        ale.reset_game()
+        for _ in range(self._random[i].integers(0, self._noop_max // FRAME_SKIP + 1)):
+            ale.act(ale_py.Action.NOOP)
+        if ale.game_over():  # cut off by a small max_frames
+            ale.reset_game()
+        ale.getRAM(self._obs[i])
 
-    def _begin_share(self, share: range, which: npt.NDArray[np.bool_], seed: int | None) -> None:
-        if seed is not None:
-            self._load(share, seed)
+    def _begin_share(self, share: range, which: npt.NDArray[np.bool_], seeds: list[int] | None) -> None:
         for i in share:
+            if seeds is not None:
+                self._games[i].setInt("random_seed", seeds[i] % 2**31)
+                self._games[i].loadROM(self._rom)  # it takes the seed
+                self._random[i] = np.random.default_rng(seeds[i])
             if which[i]:
                 self._begin(i)
             else:
@@ -163,11 +162,20 @@ class RamVectorEnv(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
-        """New games, in all environments or where `options["reset_mask"]` (num_envs,) is true."""
-        assert seed is None or isinstance(seed, int), "one seed for all of them; each takes its own from it"
-        which = np.ones(self.num_envs, dtype=np.bool_) if options is None else np.asarray(options["reset_mask"])
+        """New games, in all environments or where `options["reset_mask"]` (num_envs,) is true.
+
+        Every environment takes a seed of its own from `seed`; without one the first reset draws one.
+        """
+        if isinstance(seed, list):
+            raise TypeError("one seed is needed: each environment takes its own from it")
+        mask = (options or {}).get("reset_mask")
+        which = np.ones(self.num_envs, dtype=np.bool_) if mask is None else np.asarray(mask)
+        seeds = None
+        if seed is not None or not self._seeded:
+            seeds = [int(own) for own in np.random.SeedSequence(seed).generate_state(self.num_envs)]
+            self._seeded = True
         self._new_outputs()
-        for done in [self._pool.submit(self._begin_share, share, which, seed) for share in self._shares]:
+        for done in [self._pool.submit(self._begin_share, share, which, seeds) for share in self._shares]:
             done.result()
         self._ended &= ~which
         return self._obs, {}

@@ -276,3 +276,29 @@ def test_what_ram_envs_returned_is_not_overwritten_by_the_next_step() -> None:
     np.testing.assert_array_equal(obs, kept[0])
     np.testing.assert_array_equal(rewards, kept[1])
     env.close()
+
+
+def test_seeds_of_ram_games_have_nothing_in_common_and_none_is_needed() -> None:
+    config = replace(RAM, num_envs=4, sticky_actions=0.5)
+    first, second = (play(games.make_envs(config), 60, seed=seed, action_seed=1) for seed in (1, 2))
+    streams = {stream.tobytes() for told in (first, second) for stream in told.obs.swapaxes(0, 1)}
+    assert len(streams) == 8
+    env = games.make_envs(config)
+    obs, _ = env.reset()
+    assert obs.shape == (4, 128)
+    env.reset(options={})
+    with pytest.raises(TypeError, match="one seed is needed"):
+        env.reset(seed=[1, 2, 3, 4])
+    env.close()
+
+
+def test_no_ops_of_ram_games_are_counted_in_emulator_frames() -> None:
+    env = games.make_envs(replace(RAM, num_envs=40, noop_max=30))
+    env.reset(seed=0)
+    frames = {ale.getEpisodeFrameNumber() for ale in env._games}
+    still = games.make_envs(RAM)
+    still.reset(seed=0)
+    start = still._games[0].getEpisodeFrameNumber()
+    assert frames == {start + 4 * k for k in range(8)}
+    env.close()
+    still.close()
