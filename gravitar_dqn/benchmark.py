@@ -249,16 +249,16 @@ def learning_rows(settings: BenchConfig) -> list[Row]:
 def actor_critic_rows(settings: BenchConfig) -> list[Row]:
     """Whole training of RANDAL, of PPO with curiosity and of plain PPO, against Stable-Baselines3's PPO."""
 
-    def ours(preset: str, **kind: Any) -> tuple[Any, ...]:
-        return (peers.Ours, peers.actor_critic_config(settings.device, preset, **kind))
+    def ours(**kind: Any) -> tuple[Any, ...]:
+        return (peers.Ours, peers.actor_critic_config(settings.device, **kind))
 
     plain, library = "ours, PPO without curiosity", "Stable-Baselines3 PPO, no curiosity"
     makers: dict[str, tuple[Any, ...]] = {}
     if settings.peers and importlib.util.find_spec("stable_baselines3") is not None:
-        makers[library] = (peers.StablePPO, peers.actor_critic_config(settings.device, "ppo-rnd"))
-    makers[plain] = ours("ppo-rnd", curious=False)
-    makers["ours, ppo-rnd"] = ours("ppo-rnd")
-    makers["ours, randal"] = ours("randal")
+        makers[library] = (peers.StablePPO, peers.actor_critic_config(settings.device))
+    makers[plain] = ours(curious=False, tasks=False)
+    makers["ours, PPO with curiosity"] = ours(tasks=False)
+    makers["ours, randal"] = ours()
     speeds = take_turns(makers, settings)
     reference = library if library in speeds else plain
     return rows_of("actor-critics, 32 games", "steps/s", speeds, reference, higher_is_better=True)

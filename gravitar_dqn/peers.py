@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gravitar_dqn import envs as games
 from gravitar_dqn import training
 from gravitar_dqn.config import (
+    NO_TASKS,
     Config,
     DQNConfig,
     EnvConfig,
@@ -79,12 +80,21 @@ def our_config(
 ) -> Config:
     """The `gravitar` preset with so many updates every STEPS steps; UserError where that cannot be.
 
-    `plain`: the notebook's targets and sampling instead of ours, and `max_grad_norm`. `fast` off: eager fp32.
+    `plain`: the notebook's network and targets instead of ours, and `max_grad_norm`. `fast` off: eager fp32.
     """
     size = max(20_000, 16 * num_envs)
     agent = DQNConfig(buffer_size=size, learning_starts=2_000, train_frequency=STEPS, gradient_steps=updates)
     if plain:
-        agent = replace(agent, double_q=False, n_step=1, priority_exponent=0.0, max_grad_norm=max_grad_norm)
+        agent = replace(
+            agent,
+            network="notebook",
+            policy="online",
+            target_network_frequency=16_000,
+            tau=1.0,
+            double_q=False,
+            n_step=1,
+            max_grad_norm=max_grad_norm,
+        )
     # Curiosity from the first gradient steps on, as in any run but the beginning of one.
     rnd = RNDConfig(coef=0.1, init_updates=1) if curious else RNDConfig(coef=0.0)
     config = Config(env=EnvConfig(id=GAME, num_envs=num_envs), agent=agent, rnd=rnd, device=device)
@@ -94,12 +104,12 @@ def our_config(
     return config
 
 
-def actor_critic_config(device: str, preset: str, *, curious: bool = True) -> RANDALConfig:
-    """One of RANDAL's presets, with a short random start; `curious` off is plain PPO."""
-    config = get_preset(preset)
+def actor_critic_config(device: str, *, curious: bool = True, tasks: bool = True) -> RANDALConfig:
+    """The preset `randal` with a short random start; without `tasks` and `curious` it is plain PPO."""
+    config = get_preset("randal")
     assert isinstance(config, RANDALConfig)
-    rnd = PPORNDConfig(init_steps=30) if curious else PPORNDConfig(coef=0.0)
-    return replace(config, rnd=rnd, device=device)
+    rnd = replace(config.rnd, init_steps=30) if curious else PPORNDConfig(coef=0.0)
+    return replace(config, rnd=rnd, tasks=config.tasks if tasks else NO_TASKS, device=device)
 
 
 class Ours:

@@ -23,6 +23,13 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+def available_cores() -> list[int]:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def package_command(words: Sequence[str]) -> list[str]:
     """A command of this package, run by the Python that runs this."""
     return [sys.executable, "-m", "gravitar_dqn", *words]

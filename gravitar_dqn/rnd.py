@@ -141,8 +141,9 @@ class NotebookRND(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
         super().__init__()
         self.config = config
-        self.target = IntrinsicNetwork(obs_shape, predictor=False)
-        self.predictor = IntrinsicNetwork(obs_shape, predictor=True)
+        shape = obs_shape if len(obs_shape) == 3 else newest_shape(obs_shape)  # whole stacks of pictures
+        self.target = IntrinsicNetwork(shape, predictor=False)
+        self.predictor = IntrinsicNetwork(shape, predictor=True)
         # One place more, for the bonuses of steps that were not played: a fixed shape waits for no count.
         self.register_buffer("history", torch.zeros(self.LENGTH + 1, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
@@ -175,6 +176,7 @@ class NotebookRND(nn.Module):
         return masked_mean(errors, mask.float()), None
 
     def _squares(self, obs: Tensor) -> Tensor:
+        obs = obs if obs.dim() == 4 else newest_of(obs)
         features = self.predictor(obs.float()).float()  # 0..255
         squares: Tensor = (self.target(scale_pixels(obs)).float() - features).square()
         return squares

@@ -37,13 +37,6 @@ EPSILON = 0.001
 LAST_GAMES = 100  # of training, in the column train_mean
 
 
-def available_cores() -> list[int]:
-    """The cores that this process may use."""
-    if sys.platform == "linux":
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def split_cores(cores: Sequence[int], parts: int) -> list[list[int]]:
     """`parts` disjoint sets of equal size, so that runs can be compared; what is left over stays idle."""
     size = len(cores) // parts

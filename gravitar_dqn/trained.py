@@ -65,10 +65,11 @@ def read(path: Path) -> Trained:
             header = json.loads(file.metadata()[KEY])
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (it is no dict)
         saved, global_step = header["config"], int(header["global_step"])
+        preset = to_dict(get_preset(saved["preset"]))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not hold a trained agent: {str(error).splitlines()[0]}") from None
-    # Settings that are newer than the file are as in today's preset: an agent's weights outlive them.
-    config = from_dict(_over(to_dict(get_preset(saved["preset"])), saved))
+    # Settings that are newer than the file are as in today's preset, but for what the network is: load_policy tells.
+    config = from_dict(_over(preset, saved))
     return Trained(path.stem, config, weights, global_step, None)
 
 

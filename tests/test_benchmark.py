@@ -10,7 +10,8 @@ import pytest
 
 from gravitar_dqn import benchmark, cli, peers
 from gravitar_dqn.benchmark import Row, alternate, rows_of, spread, table
-from gravitar_dqn.config import BenchConfig, UserError
+from gravitar_dqn.config import NO_TASKS, BenchConfig, UserError
+from gravitar_dqn.networks import make_q_network
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -86,7 +87,7 @@ def test_stable_baselines_learns_on_the_notebooks_network() -> None:
 
 def test_stable_baselines_ppo_learns_from_rollouts_of_our_size() -> None:
     pytest.importorskip("stable_baselines3")
-    config = peers.actor_critic_config("cpu", "ppo-rnd")
+    config = peers.actor_critic_config("cpu")
     config = replace(config, env=replace(config.env, num_envs=2), agent=replace(config.agent, num_steps=8))
     peer = peers.StablePPO(config)
     assert peer.play() == 16
@@ -94,13 +95,29 @@ def test_stable_baselines_ppo_learns_from_rollouts_of_our_size() -> None:
 
 
 def test_our_actor_critics_take_turns_of_a_rollout() -> None:
-    config = peers.actor_critic_config("cpu", "randal")
+    config = peers.actor_critic_config("cpu")
     tasks = replace(config.tasks, replay_length=100, num_windows=2)
     agent = replace(config.agent, num_steps=8, update_epochs=1)
     ours = peers.Ours(replace(config, env=replace(config.env, num_envs=2), agent=agent, tasks=tasks))
     before = ours.agent.num_updates
     assert ours.play() == 16 and ours.agent.num_updates == before + 4
-    assert peers.actor_critic_config("cpu", "ppo-rnd", curious=False).rnd.coef == 0
+    plain = peers.actor_critic_config("cpu", curious=False, tasks=False)
+    assert plain.rnd.coef == 0 and plain.tasks == NO_TASKS and plain.agent == config.agent
+
+
+def test_contenders_have_the_networks_and_curiosity_that_their_rows_name() -> None:
+    plain = peers.our_config("cpu", 16, plain=True)
+    assert (plain.agent.network, plain.agent.policy, plain.agent.tau, plain.agent.n_step) == (
+        "notebook",
+        "online",
+        1,
+        1,
+    )
+    assert plain.rnd.coef > 0 and not plain.agent.double_q
+    ours = peers.our_config("cpu", 16)
+    assert ours.rnd.coef > 0 and replace(ours.agent, gradient_steps=1) != replace(plain.agent, gradient_steps=1)
+    sizes = [sum(p.numel() for p in make_q_network((4, 84, 84), 18, c.agent).parameters()) for c in (plain, ours)]
+    assert sizes == [3_562_675, 1_694_899]
 
 
 class Counts:
@@ -173,13 +190,13 @@ def test_without_stable_baselines_its_row_is_left_out(
 
 
 def test_actor_critics_are_measured_against_plain_ppo_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = {"ours, PPO without curiosity": 40.0, "ours, ppo-rnd": 20.0, "ours, randal": 10.0}
+    speeds = {"ours, PPO without curiosity": 40.0, "ours, PPO with curiosity": 20.0, "ours, randal": 10.0}
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(benchmark, "take_turns", lambda makers, settings: {name: [speeds[name]] for name in makers})
     rows = benchmark.actor_critic_rows(BenchConfig(device="cpu"))
     assert {row.name: row.ratios for row in rows} == {
         "ours, PPO without curiosity": [],
-        "ours, ppo-rnd": [0.5],
+        "ours, PPO with curiosity": [0.5],
         "ours, randal": [0.25],
     }
 

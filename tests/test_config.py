@@ -61,7 +61,7 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
 
 def test_the_presets_are_those_of_the_issue() -> None:
     dqn = {"notebook", "gravitar", "breakout", "gravitar-ram", "cartpole"}
-    assert set(PRESETS) == dqn | {"randal", "ppo-rnd", "randal-cartpole"}
+    assert set(PRESETS) == dqn | {"ppo", "ppo-rnd", "randal", "randal-cartpole"}
     assert {name for name, preset in PRESETS.items() if isinstance(preset, Config)} == dqn
     assert PRESETS["gravitar"] == Config()
 
@@ -255,13 +255,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text: str | None, ex
 # ---------------------------------------------------------------- RANDAL
 
 
-def test_randal_and_ppo_rnd_differ_in_the_tasks_alone() -> None:
-    assert {line.split(":")[0] for line in differences(PRESETS["randal"], PRESETS["ppo-rnd"])} == {
-        "preset",
-        "tasks.pixel_control",
-        "tasks.reward_prediction",
-        "tasks.value_replay",
-    }
+def test_ppo_and_ppo_rnd_differ_in_curiosity_alone() -> None:
+    assert [line.split(":")[0] for line in differences(PRESETS["ppo"], PRESETS["ppo-rnd"])] == ["preset", "rnd.coef"]
+    ppo = PRESETS["ppo"]
+    assert isinstance(ppo, RANDALConfig) and ppo.rnd.coef == 0
+    agent = ppo.agent
+    assert (ppo.env.num_envs, agent.num_steps, agent.update_epochs, agent.num_minibatches) == (64, 128, 3, 8)
+    assert (agent.gamma, agent.clip_coef, agent.ent_coef, agent.learning_rate) == (0.997, 0.2, 0.01, 3e-4)
+    assert agent.normalize_advantages and not agent.clip_rewards and agent.reward_scale == 1 / 250
+
+
+def test_randal_has_the_published_settings() -> None:
     published = PRESETS["randal"]
     assert isinstance(published, RANDALConfig)
     agent = published.agent

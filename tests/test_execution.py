@@ -150,7 +150,7 @@ def test_graphs_give_the_run_that_eager_gives(emulated: list[EmulatedGraph]) -> 
 
 @pytest.mark.parametrize("tasks", [randal_helpers.PPO_RND, randal_helpers.PICTURE_TASKS], ids=["ppo-rnd", "randal"])
 def test_graphs_give_the_run_that_eager_gives_to_randal(tasks: Any, emulated: list[EmulatedGraph]) -> None:
-    config = randal_helpers.settings(tasks, num_envs=4, learning_rate_end=1e-4, learning_rate_decay=200)
+    config = randal_helpers.settings(tasks, num_envs=4, learning_rate_end=1e-4, learning_rate_decay=150)
     config = replace(config, agent=replace(config.agent, num_steps=4, update_epochs=2, num_minibatches=2))
     envs, eager = randal_helpers.build(replace(config, execution="eager"), probes.Remember)
     for optimizer in (eager.optimizer, eager.rnd_optimizer):  # a graph's learning rate is a float32 tensor
@@ -212,6 +212,28 @@ def test_a_loaded_agent_captures_anew(emulated: list[EmulatedGraph]) -> None:
         twin.learn()
     for a, b in zip(agent.q_network.parameters(), twin.q_network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_recipe_is_captured_whole_its_average_and_its_falling_learning_rate(emulated: list[EmulatedGraph]) -> None:
+    agent = replace(
+        CONFIG.agent, network="layer_norm", policy="target", target_network_frequency=0, tau=0.05,
+        learning_rate_end=1e-5, learning_rate_decay=150,
+    )  # fmt: skip
+    config = replace(CONFIG, agent=agent, rnd=RNDConfig(coef=0.0))
+    eager, graphs = (trained(replace(config, execution=kind), 60) for kind in ("eager", "graphs"))
+    assert len(emulated) == 2, "acting and learning"
+    assert graphs.metrics()["learning_rate"] == pytest.approx(1e-5) == eager.metrics()["learning_rate"]
+    for name in ("q_network", "target_network"):
+        for a, b in zip(getattr(eager, name).parameters(), getattr(graphs, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    before = [p.clone() for p in graphs.q_network.parameters()]
+    graphs.learn()
+    moved = max((a - b).abs().max().item() for a, b in zip(before, graphs.q_network.parameters(), strict=True))
+    assert 0 < moved < 1e-4, "a step of Adam is about as long as the learning rate"
+    resumed = trained(replace(config, execution="graphs"), 1)
+    resumed.load_state_dict(copy.deepcopy(eager.state_dict(replay=True)))
+    resumed._set_learning_rate()
+    assert resumed.metrics()["learning_rate"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])

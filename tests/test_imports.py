@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"config", "returns", "visdom_files"},
-    {"execution", "replay", "networks", "envs", "tracking", "checkpoint", "charts", "visdom_server", "processes"},
-    {"rnd", "randal.networks", "trained", "sweep_plan", "plot"},
+    {"config", "returns", "ram_envs", "visdom_files"},
+    {"execution", "replay", "networks", "tracking", "checkpoint", "charts", "visdom_server", "processes"},
+    {"envs", "rnd", "randal.networks", "trained", "sweep_plan", "plot"},
     {"agent", "evaluation", "dashboard", "campaign_plan", "randal.curiosity", "randal.tasks"},
     {"randal.agent", "overlay", "snapshots", "campaign_table"},
     {"recording"},

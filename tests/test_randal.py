@@ -18,7 +18,7 @@ from gravitar_dqn.config import TasksConfig, UserError
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import MLP, PixelControl, RewardPrediction
+from gravitar_dqn.randal.networks import MLP, PixelControl, RamMLP, RewardPrediction
 from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks
 from gravitar_dqn.training import play
 
@@ -178,6 +178,30 @@ def test_probe_remember_needs_the_stack(tasks: TasksConfig) -> None:
 
 
 # ---------------------------------------------------------------- the parts of an update, in numbers
+
+
+@pytest.mark.parametrize("rnd", [0.0, 0.1], ids=["ppo", "ppo-rnd"])
+def test_ppo_learns_from_ram_with_normalized_advantages(rnd: float) -> None:
+    """Two actions, and the one that fits a bit of RAM earns 1; the policy is DQN's encoder with heads of its own."""
+    config = settings(rnd=rnd, normalize_advantages=True, learning_rate=3e-4)
+    agent = learn(replace(config, env=replace(config.env, obs_type="ram")), probes.RamBoth, 500)
+    assert isinstance(agent.policy.trunk, RamMLP) and agent.replay.padding == "repeat"
+    ram = torch.zeros(2, 2, 128, dtype=torch.uint8)
+    ram[0, :, 7], ram[1, :, 7] = 0x2C, 0x24
+    one, other = agent.policy(ram)[0].softmax(dim=1)[:, 1].tolist()
+    assert one > 0.9 and other < 0.1
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_advantages_of_the_steps_that_were_played_are_normalized(normalize: bool) -> None:
+    agent = filled(PPO_RND, normalize_advantages=normalize)
+    agent._played.fill_(0.5)  # of the rollout before: stale
+    agent._positions.copy_(agent.replay.rollout(16))
+    agent.finish()
+    played = agent._advantages[agent._played == 1]
+    assert 0 < len(played) < agent._advantages.numel(), "no game ended in the rollout"
+    mean, std = played.mean().item(), played.std(correction=0).item()
+    assert (mean == pytest.approx(0, abs=1e-5) and std == pytest.approx(1, abs=1e-4)) == normalize
 
 
 def filled(tasks: TasksConfig = VECTOR_TASKS, probe: type = probes.DelayedReward, **changes: Any) -> RANDAL:

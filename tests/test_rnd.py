@@ -196,3 +196,24 @@ def test_notebook_loss_is_over_a_random_quarter_of_the_rows() -> None:
 def test_no_curiosity_is_built_for_a_coefficient_of_zero() -> None:
     assert make_rnd((8,), 1, RNDConfig(coef=0.0)) is None
     assert isinstance(make_rnd((8,), 1, RNDConfig(coef=0.1)), RND)
+
+
+# ---------------------------------------------------------------- both kinds, all kinds of observations
+
+
+@pytest.mark.parametrize("variant", ["rnd", "notebook"])
+@pytest.mark.parametrize("shape", [(4, 84, 84), (2, 128), (5,)], ids=["pictures", "RAM", "vectors"])
+def test_curiosity_of_every_observation(shape: tuple[int, ...], variant: str) -> None:
+    torch.manual_seed(0)
+    rnd = make_rnd(shape, 3, RNDConfig(coef=1.0, variant=variant, init_updates=0))
+    assert rnd is not None
+    dtype = torch.float32 if len(shape) == 1 else torch.uint8
+    obs = torch.randint(0, 256, (3, *shape)).to(dtype)
+    assert rnd.observe(obs, torch.ones(3, dtype=torch.bool)).shape == (3,)
+    loss, _ = rnd.loss(obs, torch.Generator().manual_seed(1))
+    assert loss.isfinite()
+    if len(shape) == 2:  # of RAM only the newest counts
+        older, newer = obs.clone(), obs.clone()
+        older[:, 0], newer[:, 1] = 255 - older[:, 0], 255 - newer[:, 1]
+        torch.testing.assert_close(rnd.errors(older), rnd.errors(obs))
+        assert (rnd.errors(newer) != rnd.errors(obs)).all()

@@ -18,6 +18,7 @@ from run_helpers import CARTPOLE, rows, script, train
 
 from gravitar_dqn import checkpoint, cli, snapshots, sweep, sweep_plan
 from gravitar_dqn.config import UserError
+from gravitar_dqn.processes import available_cores
 from gravitar_dqn.training import lock
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
@@ -364,7 +365,7 @@ def test_cores_are_split_evenly() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no threads")
 def test_a_threads_processes_are_bound_with_it() -> None:
-    core = sweep.available_cores()[-1]
+    core = available_cores()[-1]
     seen: list[bytes] = []
 
     def child() -> None:
@@ -419,6 +420,8 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> N
     (row,) = table(tmp_path / "s" / "sweep.csv")
     assert int(row["global_step"]) > step and float(row["minutes"]) >= 0.03
     assert len(row["snapshots"].split("|")) in (1, 2)
+    told = json.loads((Path(row["run_dir"]) / "snapshots.json").read_text())
+    assert all(0 < step < int(row["global_step"]) for step in told["global_step"]), "the newest is no snapshot"
     assert f"train --resume {run_dir}" in log.read_text()
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
     assert "cartpole base" in out.splitlines()[-1]
