@@ -88,6 +88,7 @@ def write(trained: Trained, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     save_file(weights, unfinished, metadata={KEY: json.dumps(header)})
+    unfinished.chmod(0o644)  # safetensors makes it for its owner alone
     unfinished.replace(path)
 
 

@@ -40,7 +40,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
     """The one line of a command that was refused, without `error: `. What was printed before it does not count."""
     told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if not line.startswith(("starting ", "replay buffer: "))]
+    lines = [
+        line
+        for line in told.err.splitlines()
+        if not line.startswith(("starting ", "replay buffer: ", "pictures learn "))
+    ]
     assert code == 2, told
     assert told.out == ""
     assert len(lines) == 1, told.err
