@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gravitar_dqn import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +59,19 @@ def check_episodes(run_dir: Path, sessions: list[int]) -> list[dict[str, float]]
         assert start == before or (start in sessions and start > before), f"a game is missing before step {start}"
         before = game["global_step"]
     return games
+
+
+def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
+    """The one line of a command that was refused, without `error: `. What was printed before it does not count."""
+    told = capsys.readouterr()
+    lines = [
+        line
+        for line in told.err.splitlines()
+        if not line.startswith(("starting ", "replay buffer: ", "pictures learn "))
+    ]
+    assert code == 2, told
+    assert told.out == ""
+    assert len(lines) == 1, told.err
+    assert lines[0].startswith("error: ")
+    assert all(ord(character) >= 32 for character in lines[0])
+    return lines[0].removeprefix("error: ")

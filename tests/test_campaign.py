@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import ROOT, rows, script
+from run_helpers import ROOT, refusal, rows, script
 
 from gravitar_dqn import campaign, campaign_plan, checkpoint, cli, execution, snapshots, trained
 from gravitar_dqn.campaign_plan import STAGES, CampaignConfig, Stage
@@ -31,12 +31,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(*words: object) -> int:
     """`campaign.py` with these arguments, in this process; its exit code."""
     return cli.run(cli.campaign_command, [str(word) for word in words], "campaign.py")
-
-
-def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and len(said.err.splitlines()) == 1, said
-    return said.err.removeprefix("error: ").rstrip("\n")
 
 
 def outcomes(folder: Path = Path("runs/campaign")) -> dict[str, str]:

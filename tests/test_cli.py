@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, QUIET, ROOT, SMALL, rows, train
+from run_helpers import CARTPOLE, QUIET, ROOT, SMALL, refusal, rows, train
 
 from gravitar_dqn import checkpoint, cli, replay, training
 from gravitar_dqn.config import load_run
@@ -35,22 +35,6 @@ def run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    """The one line of a command that was refused, without `error: `. What was printed before it does not count."""
-    told = capsys.readouterr()
-    lines = [
-        line
-        for line in told.err.splitlines()
-        if not line.startswith(("starting ", "replay buffer: ", "pictures learn "))
-    ]
-    assert code == 2, told
-    assert told.out == ""
-    assert len(lines) == 1, told.err
-    assert lines[0].startswith("error: ")
-    assert all(ord(character) >= 32 for character in lines[0])
-    return lines[0].removeprefix("error: ")
 
 
 MISTAKES = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from run_helpers import CARTPOLE, train
+from run_helpers import CARTPOLE, refusal, train
 
 from gravitar_dqn import cli, plot
 from gravitar_dqn.config import get_preset, to_dict
@@ -61,12 +61,6 @@ def table(path: Path, columns: str, rows: list[Any]) -> None:
 
 def draw(*words: object) -> int:
     return cli.run(cli.plot_command, [str(word) for word in words], "plot.py")
-
-
-def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and len(said.err.splitlines()) == 1, said
-    return said.err.removeprefix("error: ").rstrip("\n")
 
 
 def labels(figure: Figure) -> list[str]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import CARTPOLE, rows, script, train
+from run_helpers import CARTPOLE, refusal, rows, script, train
 
-from gravitar_dqn import checkpoint, cli, snapshots, sweep, sweep_plan
+from gravitar_dqn import checkpoint, cli, processes, snapshots, sweep, sweep_plan
 from gravitar_dqn.config import UserError
-from gravitar_dqn.processes import available_cores
 from gravitar_dqn.training import lock
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
@@ -33,12 +32,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(*words: object) -> int:
     """`sweep.py` with these arguments, in this process; its exit code."""
     return cli.run(cli.sweep_command, [str(word) for word in words], "sweep.py")
-
-
-def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and len(said.err.splitlines()) == 1, said
-    return said.err.removeprefix("error: ").rstrip("\n")
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -272,7 +265,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(processes
 def test_another_kind_of_sweep_is_refused(
     changed: list[str], told: str, processes: Processes, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(sweep, "available_cores", lambda: [0, 1])
+    monkeypatch.setattr(processes, "available_cores", lambda: [0, 1])
     assert run("cartpole", "--seeds", 1, "--dir", "s") == 0
     capsys.readouterr()
     said = refusal(capsys, run("cartpole", "--seeds", 1, "--dir", "s", *changed))
@@ -341,7 +334,7 @@ def test_no_run_is_started_that_would_not_end_in_the_budget(
 
 
 def test_runs_side_by_side_have_cores_of_their_own(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "available_cores", lambda: [1, 2, 4, 5, 7])
+    monkeypatch.setattr(processes, "available_cores", lambda: [1, 2, 4, 5, 7])
     meet = threading.Barrier(2)
     process = processes.process
 
@@ -365,7 +358,7 @@ def test_cores_are_split_evenly() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no threads")
 def test_a_threads_processes_are_bound_with_it() -> None:
-    core = available_cores()[-1]
+    core = processes.available_cores()[-1]
     seen: list[bytes] = []
 
     def child() -> None:
