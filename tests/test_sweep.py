@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from run_helpers import CARTPOLE, refusal, rows, script, train
 
-from gravitar_dqn import checkpoint, cli, processes, snapshots, sweep, sweep_plan
+from gravitar_dqn import checkpoint, cli, snapshots, sweep, sweep_plan
+from gravitar_dqn import processes as process_module
 from gravitar_dqn.config import UserError
 from gravitar_dqn.training import lock
 
@@ -265,7 +266,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(processes
 def test_another_kind_of_sweep_is_refused(
     changed: list[str], told: str, processes: Processes, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(processes, "available_cores", lambda: [0, 1])
+    monkeypatch.setattr(process_module, "available_cores", lambda: [0, 1])
     assert run("cartpole", "--seeds", 1, "--dir", "s") == 0
     capsys.readouterr()
     said = refusal(capsys, run("cartpole", "--seeds", 1, "--dir", "s", *changed))
@@ -334,7 +335,7 @@ def test_no_run_is_started_that_would_not_end_in_the_budget(
 
 
 def test_runs_side_by_side_have_cores_of_their_own(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "available_cores", lambda: [1, 2, 4, 5, 7])
+    monkeypatch.setattr(process_module, "available_cores", lambda: [1, 2, 4, 5, 7])
     meet = threading.Barrier(2)
     process = processes.process
 
@@ -358,7 +359,7 @@ def test_cores_are_split_evenly() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no threads")
 def test_a_threads_processes_are_bound_with_it() -> None:
-    core = processes.available_cores()[-1]
+    core = process_module.available_cores()[-1]
     seen: list[bytes] = []
 
     def child() -> None:
