@@ -20,6 +20,7 @@ import tyro
 
 from gravitar_dqn.config import (
     PRESETS,
+    PRETRAINED,
     BenchConfig,
     RunConfig,
     UserError,
@@ -55,7 +56,7 @@ class TrainArguments:
 class EvaluateArguments:
     """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
 
-    run_dir: tyro.conf.Positional[Path | None] = None
+    run_dir: tyro.conf.Positional[str] = ""
     """The run's folder."""
     pretrained: str | None = None
     """Instead of a run: the name of weights that ship with the package."""
@@ -75,7 +76,7 @@ class EvaluateArguments:
 class WatchArguments:
     """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
 
-    run_dir: tyro.conf.Positional[Path | None] = None
+    run_dir: tyro.conf.Positional[str] = ""
     """The run's folder."""
     pretrained: str | None = None
     """Instead of a run: the name of weights that ship with the package."""
@@ -194,7 +195,8 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     check_games(arguments.episodes, arguments.epsilon, arguments.seed)
     if arguments.snapshots < 0:
         raise UserError(f"--snapshots is {arguments.snapshots}: it must be at least 0")
-    if arguments.snapshots and arguments.run_dir is None:
+    run_dir = Path(arguments.run_dir)
+    if arguments.snapshots and not arguments.run_dir:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
     from gravitar_dqn import snapshots
@@ -204,25 +206,25 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     how: dict[str, Any] = {"episodes": arguments.episodes, "epsilon": arguments.epsilon, "seed": arguments.seed}
     how["device"] = choose_device(arguments.device)
     result = evaluate(trained, **how)
-    if arguments.run_dir is not None:
-        save_result(arguments.run_dir, result)
+    if arguments.run_dir:
+        save_result(run_dir, result)
     print(table(result))
-    if arguments.snapshots and arguments.run_dir is not None:
-        print(snapshots.table(snapshots.evaluate_snapshots(arguments.run_dir, arguments.snapshots, **how)))
+    if arguments.snapshots:
+        print(snapshots.table(snapshots.evaluate_snapshots(run_dir, arguments.snapshots, **how)))
 
 
 def load_trained(arguments: EvaluateArguments | WatchArguments, prog: str) -> Trained:
     """The agent that was asked for; UserError unless it is one."""
-    if (arguments.run_dir is None) == (arguments.pretrained is None):
+    run_dir, name = arguments.run_dir, arguments.pretrained
+    if (not run_dir) == (name is None):
         raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
-    if arguments.run_dir is not None:
-        load_run(arguments.run_dir)  # a wrong folder is known before torch is loaded
+    if run_dir and not Path(run_dir).exists() and (PRETRAINED / f"{run_dir}.safetensors").exists():
+        raise UserError(f"{run_dir} is no run's folder, but weights of that name ship: {prog} --pretrained {run_dir}")
+    if run_dir:
+        load_run(Path(run_dir))  # a wrong folder is known before torch is loaded
     from gravitar_dqn import trained
 
-    if arguments.pretrained is not None:
-        return trained.from_pretrained(arguments.pretrained)
-    assert arguments.run_dir is not None
-    return trained.from_run(arguments.run_dir)
+    return trained.from_run(Path(run_dir)) if name is None else trained.from_pretrained(name)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:

@@ -305,6 +305,8 @@ FREE_FIELDS = frozenset(
     "checkpoint_minutes checkpoint_replay keep_checkpoints".split()
 )
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # weights that ship
+
 GRAVITAR = Config()
 PUBLISHED_PPO = PPOAgentConfig(  # RND's and RANDAL's
     update_epochs=4,
@@ -427,6 +429,8 @@ def get_preset(name: str) -> RunConfig:
     """The preset called `name`; UserError names the nearest one otherwise."""
     if name in PRESETS:
         return PRESETS[name]
+    if (Path(name) / "config.json").exists():
+        raise UserError(f"{name} is a run's folder, not a preset: --resume {name} goes on with it")
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")

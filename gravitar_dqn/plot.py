@@ -74,6 +74,8 @@ def plot(options: PlotConfig) -> None:
     except ImportError:
         raise UserError("there is no matplotlib: pip install -e '.[plot]' brings it") from None
     curves = read_curves(options)
+    if len(played := sorted({curve.game for curve in curves})) > 1:
+        raise UserError(f"scores of {' and '.join(played)} have nothing in common: name runs of one game")
     if options.published:
         check_published(options, curves)
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -86,7 +88,7 @@ def plot(options: PlotConfig) -> None:
         axes.plot([], [], "D", color=GREY, markersize=5, label="evaluation, mean")
     axes.set_xlabel({"frames": "emulator frames", "minutes": "minutes of training", "steps": "agent steps"}[options.x])
     axes.set_ylabel(f"score, mean of {options.smooth} games")
-    axes.set_title(options.title or ", ".join(dict.fromkeys(curve.game for curve in curves)))
+    axes.set_title(options.title or curves[0].game)
     axes.xaxis.set_major_formatter(_short)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

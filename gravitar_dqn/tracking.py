@@ -239,6 +239,9 @@ class Tracker:
         self._metrics.add([_cell(row[name]) for name in self._columns])
         self._metrics.flush()
         self._episodes.flush()
+        if self._config.total_minutes:  # the bar counts steps: as many as the time may be enough for
+            expected = agent.global_step * self._config.total_minutes * 60 / max(self.wall_seconds, 1e-9)
+            self._bar.total = min(self._config.total_steps, max(int(expected), agent.global_step))
         self._bar.update(steps)
         if self._returns:
             self._bar.set_postfix_str(f"games {agent.episodes}, mean score {scores.mean():.0f}", refresh=False)

@@ -20,10 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gravitar_dqn import checkpoint
-from gravitar_dqn.config import RunConfig, UserError, from_dict, get_preset, load_run, to_dict
+from gravitar_dqn.config import PRETRAINED, RunConfig, UserError, from_dict, get_preset, load_run, to_dict
 
 KEY = "trained"  # one entry of the file's header holds all, since the order of several is left to chance
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 
 
 @dataclass(frozen=True)

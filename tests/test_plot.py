@@ -114,15 +114,22 @@ def test_seeds_of_the_same_settings_are_a_band(tmp_path: Path, figures: list[Fig
 
 
 def test_presets_are_told_apart_and_what_all_share_is_not_told(tmp_path: Path, figures: list[Figure]) -> None:
-    for preset in ("gravitar", "breakout"):
+    for preset in ("gravitar", "ppo"):
         make_run(tmp_path / preset, preset, env__num_envs=4)
         make_run(tmp_path / f"{preset}-slow", preset, env__num_envs=4, agent__learning_rate=1e-5)
     assert draw(*sorted(tmp_path.iterdir()), "--title", "Both", "--out", "both.png") == 0
     slow = "agent.learning-rate=1e-05"
-    assert labels(figures[0]) == ["breakout", f"breakout {slow}", "gravitar", f"gravitar {slow}"]
+    assert labels(figures[0]) == ["gravitar", f"gravitar {slow}", "ppo", f"ppo {slow}"]
     assert figures[0].axes[0].get_title() == "Both"
     assert len({line.get_color() for line in figures[0].axes[0].get_lines()}) == 4
     assert Path("both.png").read_bytes().startswith(PNG)
+
+
+def test_runs_of_different_games_are_not_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for preset in ("gravitar", "cartpole"):
+        make_run(tmp_path / preset, preset, env__num_envs=4)
+    told = refusal(capsys, draw(tmp_path / "gravitar", tmp_path / "cartpole"))
+    assert told == "scores of ALE/Gravitar-v5 and CartPole-v1 have nothing in common: name runs of one game"
 
 
 def test_published_curves_are_drawn_as_far_as_ours_go(tmp_path: Path, figures: list[Figure]) -> None:
@@ -190,7 +197,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["run", "--out", "curves.xyz"], "--out is curves.xyz: Format 'xyz' is not supported"),
         (["run", "--out", "nowhere/curves.png"], "No such file or directory: 'nowhere/curves.png'"),
         (["run", "--published", "--x", "minutes"], "--published has scores by frames, not by minutes: --x frames"),
-        (["run", "breakout", "--published"], "--published has curves of Gravitar only, not of ALE/Breakout-v5"),
+        (["breakout", "--published"], "--published has curves of Gravitar only, not of ALE/Breakout-v5"),
         (["run", "--publish"], "unknown option '--publish': did you mean --published?"),
     ):
         assert expected in refusal(capsys, draw(*words)), words

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, train
+from run_helpers import CARTPOLE, refusal, train
 from safetensors.torch import save_file
 
 from gravitar_dqn import cli, trained
@@ -79,6 +79,14 @@ def test_a_pretrained_agent_is_evaluated_and_filmed(
     assert "games                4" in capsys.readouterr().out
     assert cli.run(cli.watch_command, ["--pretrained", "small", "--overlay"], "x.py") == 0
     assert (tmp_path / "videos" / "small" / "step_600_seed_742_overlay.mp4").exists()
+    monkeypatch.setattr(cli, "PRETRAINED", tmp_path / "pretrained")
+    for words, told in (
+        (["small"], "small is no run's folder, but weights of that name ship: x.py --pretrained small"),
+        (["--pretrained", "small", "--episode", "4"], "unknown option '--episode': did you mean --episodes?"),
+        (["--pretrained", "small", "--overley"], "unknown option '--overley'"),
+    ):
+        capsys.readouterr()
+        assert told in refusal(capsys, cli.run(cli.watch_command, words, "x.py"))
     words = ["--pretrained", "small", "--snapshots", "2"]
     assert cli.run(cli.evaluate_command, words, "x.py") == 2
 
