@@ -19,7 +19,7 @@ from run_helpers import CARTPOLE, ROOT, train
 
 from gravitar_dqn import cli, recording, training
 from gravitar_dqn.config import PRESETS, Config
-from gravitar_dqn.networks import DuelingConvQNetwork, QNetwork
+from gravitar_dqn.networks import DuelingConvQNetwork, QNetwork, make_q_network
 from gravitar_dqn.recording import Recorder, VideoError, mp4_writer, record_game
 from gravitar_dqn.tracking import Console, Episode
 
@@ -237,7 +237,7 @@ def test_every_25th_episode_is_filmed_by_another_process_that_ends(
 def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = limited("gravitar", max_frames=100_000)
     recorder = make_recorder(tmp_path, monkeypatch, config)
-    recorder._agent.q_network = DuelingConvQNetwork(4, 18)
+    recorder._agent.q_network = make_q_network((4, 84, 84), 18, config.agent)
     recorder.step([Episode(0, 0, 0.0, 1)])
     deadline = time.monotonic() + PATIENCE
     while not list((tmp_path / "videos").glob("*.part.mp4")):
