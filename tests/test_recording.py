@@ -266,7 +266,9 @@ def test_a_recording_process_that_dies_costs_one_warning(
 def run_until(monkeypatch: pytest.MonkeyPatch, reached: Any) -> None:
     """Let a training run end when `reached` says so."""
     deadline = time.monotonic() + PATIENCE
-    monkeypatch.setattr(training, "finished", lambda config, agent: bool(reached()) or time.monotonic() > deadline)
+    monkeypatch.setattr(
+        training, "finished", lambda config, agent, wall_seconds: bool(reached()) or time.monotonic() > deadline
+    )
 
 
 def test_a_training_run_records_and_tells(
