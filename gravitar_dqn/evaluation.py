@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from gravitar_dqn import envs as games
 from gravitar_dqn import returns
 from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError
 from gravitar_dqn.networks import make_q_network
+from gravitar_dqn.processes import write_json
 from gravitar_dqn.randal.networks import make_actor_critic
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.tracking import FRAMES_PER_STEP
@@ -175,9 +175,7 @@ def evaluate(trained: Trained, *, episodes: int, epsilon: float, seed: int, devi
 
 def save_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write a run's eval.json."""
-    unfinished = run_dir / "eval.tmp"
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(run_dir / "eval.json")
+    write_json(run_dir / "eval.json", result)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ cannot show that.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from gravitar_dqn import checkpoint
 from gravitar_dqn.config import UserError
 from gravitar_dqn.evaluation import evaluate
+from gravitar_dqn.processes import write_json
 from gravitar_dqn.sweep_plan import LAST_PART
 from gravitar_dqn.trained import from_run
 
@@ -64,9 +64,7 @@ def evaluate_snapshots(
         result["mean"].append(scores["mean"])
         result["minutes"].append(round(_wall_seconds(path) / 60, 3))
         result["global_step"].append(trained.global_step)
-    temporary = run_dir / "snapshots.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(run_dir / "snapshots.json")
+    write_json(run_dir / "snapshots.json", result)
     return result
 
 
