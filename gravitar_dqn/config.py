@@ -190,14 +190,17 @@ class PPORNDConfig:
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """UNREAL's auxiliary tasks (Jaderberg 2016), learned from a replay of single frames. Weight 0 builds nothing."""
+    """UNREAL's auxiliary tasks (Jaderberg 2016), learned from a replay of single frames. Weight 0 builds nothing.
 
-    pixel_control: float = _bounded(1.0)
-    """Weight of the pixel control loss; image games only."""
-    reward_prediction: float = _bounded(1.0)
-    """Weight of the reward prediction loss."""
-    value_replay: float = _bounded(1.0)
-    """Weight of the value replay loss."""
+    Each task's gradient is clipped alone, to agent.max_grad_norm, and then weighed.
+    """
+
+    pixel_control: float = _bounded(0.1)
+    """Weight of pixel control's gradient; image games only."""
+    reward_prediction: float = _bounded(0.1)
+    """Weight of reward prediction's gradient."""
+    value_replay: float = _bounded(0.1)
+    """Weight of value replay's gradient."""
     replay_length: int = _bounded(2_000, low=1)
     """Steps of every environment that the replay keeps."""
     window: int = _bounded(20, low=1, high=255)
@@ -320,8 +323,10 @@ PUBLISHED_PPO = PPOAgentConfig(  # RND's and RANDAL's
     clip_rewards=True,
     reward_scale=1.0,
 )
-RANDAL_PRESET = RANDALConfig(env=EnvConfig(num_envs=32), agent=PUBLISHED_PPO, rnd=PPORNDConfig(init_updates=0))
 NO_TASKS = TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0)
+RANDAL_PRESET = RANDALConfig(  # games of at most 4 500 steps, as published
+    env=EnvConfig(num_envs=64, max_frames=18_000), rnd=PPORNDConfig(coef=0.5)
+)
 PPO = RANDALConfig(preset="ppo", env=EnvConfig(num_envs=64), rnd=PPORNDConfig(coef=0.0), tasks=NO_TASKS)
 
 PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
@@ -417,7 +422,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
                 reward_scale=0.1,
             ),
             rnd=PPORNDConfig(coef=0.5, init_steps=250, init_updates=0),
-            tasks=TasksConfig(pixel_control=0.0),
+            tasks=TasksConfig(pixel_control=0.0, reward_prediction=1.0, value_replay=1.0),
             total_steps=200_000,
             precision="fp32",
         ),

@@ -5,9 +5,11 @@ Shapes: B rows of a batch, n steps of a window, T steps of a rollout, A actions,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def window_steps(dones: Tensor) -> Tensor:
@@ -185,6 +187,21 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- auxiliary tasks
+
+
+def add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: float, weight: float) -> None:
+    """Add to the parameters' gradients: `weight` times that of `loss`, clipped alone to `max_norm` (0: not clipped)."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = [
+        (parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None
+    ]
+    scale = torch.full((), weight, device=loss.device)
+    if max_norm > 0:
+        norm = nn.utils.get_total_norm([gradient for _, gradient in pairs])
+        scale = weight * (max_norm / (norm + 1e-6)).clamp(max=1)
+    for parameter, gradient in pairs:
+        scaled = gradient * scale
+        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
 
 
 def pixel_changes(frames: Tensor) -> Tensor:

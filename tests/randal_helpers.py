@@ -17,8 +17,9 @@ from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.training import play
 
 PPO_RND = TasksConfig(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0)
-VECTOR_TASKS = TasksConfig(pixel_control=0.0, replay_length=200, window=3, num_windows=8, reward_batch=32)
-PICTURE_TASKS = TasksConfig(replay_length=60, window=3, num_windows=4, reward_batch=32)
+WEIGHTS = {"reward_prediction": 1.0, "value_replay": 1.0}
+VECTOR_TASKS = TasksConfig(pixel_control=0.0, **WEIGHTS, replay_length=200, window=3, num_windows=8, reward_batch=32)
+PICTURE_TASKS = TasksConfig(pixel_control=1.0, **WEIGHTS, replay_length=60, window=3, num_windows=4, reward_batch=32)
 
 
 def settings(tasks: TasksConfig = PPO_RND, *, num_envs: int = 8, rnd: float = 0.1, **changes: Any) -> RANDALConfig:

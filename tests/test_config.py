@@ -16,8 +16,11 @@ from gravitar_dqn import config as module
 from gravitar_dqn.config import (
     FREE_FIELDS,
     PRESETS,
+    PUBLISHED_PPO,
     Config,
+    EnvConfig,
     PPOAgentConfig,
+    PPORNDConfig,
     RANDALConfig,
     TasksConfig,
     UserError,
@@ -265,20 +268,28 @@ def test_ppo_and_ppo_rnd_differ_in_curiosity_alone() -> None:
     assert agent.normalize_advantages and not agent.clip_rewards and agent.reward_scale == 1 / 250
 
 
-def test_randal_has_the_published_settings() -> None:
-    published = PRESETS["randal"]
-    assert isinstance(published, RANDALConfig)
-    agent = published.agent
-    assert (published.env.num_envs, agent.num_steps, agent.update_epochs, agent.num_minibatches) == (32, 128, 4, 4)
+def test_randal_is_ppo_rnd_with_tasks_and_the_published_end_of_a_game() -> None:
+    randal, ppo = PRESETS["randal"], PRESETS["ppo-rnd"]
+    assert isinstance(randal, RANDALConfig) and isinstance(ppo, RANDALConfig)
+    tasks = randal.tasks
+    assert min(tasks.pixel_control, tasks.reward_prediction, tasks.value_replay) > 0
+    assert randal.env.max_frames == 4 * 4_500
+    same = replace(randal, preset="ppo-rnd", env=ppo.env, tasks=ppo.tasks)
+    assert same == ppo and replace(randal.env, max_frames=ppo.env.max_frames) == ppo.env
+
+
+def test_the_published_settings() -> None:
+    agent = PUBLISHED_PPO
+    assert (agent.num_steps, agent.update_epochs, agent.num_minibatches) == (128, 4, 4)
     assert (agent.optimizer, agent.learning_rate, agent.learning_rate_end) == ("adam", 1e-4, 1e-4)
     assert (agent.gamma, agent.gae_lambda, agent.clip_coef, agent.ent_coef) == (0.999, 0.95, 0.1, 0.001)
-    assert (agent.ext_coef, published.rnd.coef, published.rnd.gamma, agent.max_grad_norm) == (2.0, 1.0, 0.99, 0.5)
-    assert agent.clip_rewards and published.env.sticky_actions == 0.25 and published.tasks.replay_length == 2000
+    assert (agent.ext_coef, PPORNDConfig().coef, PPORNDConfig().gamma, agent.max_grad_norm) == (2.0, 1.0, 0.99, 0.5)
+    assert agent.clip_rewards and EnvConfig().sticky_actions == 0.25 and TasksConfig().replay_length == 2000
 
 
 def test_a_rollout_must_fall_into_minibatches() -> None:
     config = replace(PRESETS["randal"], agent=PPOAgentConfig(num_steps=5, num_minibatches=3))
-    with pytest.raises(UserError, match=r"agent.num_minibatches is 3: it must divide the 160 steps"):
+    with pytest.raises(UserError, match=r"agent.num_minibatches is 3: it must divide the 320 steps"):
         validate(config)
     with pytest.raises(UserError, match=r"tasks.window is 0"):
         validate(replace(PRESETS["randal"], tasks=TasksConfig(window=0)))

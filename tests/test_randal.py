@@ -284,13 +284,35 @@ def test_the_weights_of_the_tasks_weight_their_gradients() -> None:
 
 
 def test_gradients_are_clipped_for_policy_and_predictor_each() -> None:
-    agent = filled()
+    agent = filled(PPO_RND)
     agent.ppo = replace(agent.ppo, grad_clip=1e-3)
     agent._rows.copy_(torch.arange(len(agent._rows)))
     agent._learn()
     for network in (agent.learners, agent.curiosity.predictor):
         norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm().item()
         assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_every_task_is_clipped_alone_and_then_weighed() -> None:
+    agent = filled(replace(VECTOR_TASKS, reward_prediction=0.1, value_replay=0.0))
+    agent.ppo = replace(agent.ppo, grad_clip=1e-3)
+    agent._rows.copy_(torch.arange(len(agent._rows)))
+
+    def gradients(weight: float) -> list[torch.Tensor]:
+        state = agent.generator.get_state()
+        agent.tasks.weights["reward_prediction"] = weight
+        agent.optimizer.param_groups[0]["lr"] = agent.rnd_optimizer.param_groups[0]["lr"] = (
+            0.0  # the same network again
+        )
+        agent._learn()
+        agent.generator.set_state(state)
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in agent.learners.parameters()]
+
+    without, some = gradients(0.0), gradients(0.1)
+    share = torch.stack([(b - a).norm() for a, b in zip(without, some, strict=True)]).norm().item()
+    assert share == pytest.approx(0.1 * 1e-3, rel=0.02), (
+        "the clip leaves the task its own 1e-3, of which it gets a tenth"
+    )
 
 
 def test_the_pixel_range_is_0_to_255_until_something_was_seen() -> None:

@@ -64,6 +64,16 @@ def test_td_loss_is_hubers_weighted() -> None:
     torch.testing.assert_close(q_values.grad, torch.tensor([[0.0, -0.25], [0.25, 0.0]]))
 
 
+def test_a_gradient_is_added_clipped_alone_and_weighed() -> None:
+    a, b, c = (torch.nn.Parameter(torch.tensor(value)) for value in (3.0, 4.0, 5.0))
+    a.grad = torch.tensor(1.0)
+    returns.add_gradient(0.5 * (a**2 + b**2), [a, b, c], max_norm=1.0, weight=0.5)  # gradient (3, 4), of length 5
+    assert a.grad.item() == pytest.approx(1 + 0.5 * 3 / 5) and b.grad.item() == pytest.approx(0.5 * 4 / 5)
+    assert c.grad is None
+    returns.add_gradient(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
+    assert b.grad.item() == pytest.approx(0.4 + 2 * 4)
+
+
 def test_importance_weights() -> None:
     weights = returns.importance_weights(torch.tensor([0.1, 0.4]).double(), 0.5)
     # 0.1^-0.5 = 3.1623 is the largest; 0.4^-0.5 = 1.5811

@@ -328,18 +328,19 @@ class RANDAL:
             policy_loss, told = self._policy_loss(self._rows)
             task_losses = self.tasks.losses()
             rnd_loss = self._rnd_loss(self._rows)
-        loss = policy_loss + rnd_loss
-        for name, task_loss in task_losses.items():
-            loss = loss + self.tasks.weights[name] * task_loss
-        optimizers = [(self.optimizer, list(self.learners.parameters()))]
+        learners = list(self.learners.parameters())
+        optimizers = [(self.optimizer, learners)]
         if self.curiosity is not None and self.rnd_optimizer is not None:
             optimizers.append((self.rnd_optimizer, list(self.curiosity.predictor.parameters())))
         for optimizer, _ in optimizers:
             optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer, parameters in optimizers:
-            if self.ppo.grad_clip > 0:
+        (policy_loss + rnd_loss).backward()  # type: ignore[no-untyped-call]
+        if self.ppo.grad_clip > 0:
+            for _, parameters in optimizers:
                 nn.utils.clip_grad_norm_(parameters, self.ppo.grad_clip)
+        for name, task_loss in task_losses.items():  # each clipped alone, so that none can drown the policy
+            returns.add_gradient(task_loss, learners, self.ppo.grad_clip, self.tasks.weights[name])
+        for optimizer, _ in optimizers:
             optimizer.step()
         nothing = torch.zeros_like(rnd_loss)
         told += [rnd_loss, *(task_losses.get(name, nothing) for name in TASKS)]
