@@ -9,17 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gravitar_dqn.agent import DQNAgent
-    from gravitar_dqn.randal.agent import RANDAL, PPOConfig
-    from gravitar_dqn.randal.networks import MLP, NatureCNN, PPOIntrinsic, PredictorCNN, PredictorMLP
-    from gravitar_dqn.randal.trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
+    from gravitar_dqn.agents.dqn import DQNAgent
+    from gravitar_dqn.agents.randal import RANDAL, PPOConfig, PPOIntrinsic
+    from gravitar_dqn.agents.randal_trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
+    from gravitar_dqn.encoders import MLP, NatureCNN
+    from gravitar_dqn.networks import PredictorCNN, PredictorMLP
     from gravitar_dqn.rnd import RewardForwardFilter, RunningMeanStd
 
 _HOMES = {
-    "gravitar_dqn.agent": ("DQNAgent",),
-    "gravitar_dqn.randal.agent": ("PPOConfig", "RANDAL"),
-    "gravitar_dqn.randal.networks": ("MLP", "NatureCNN", "PPOIntrinsic", "PredictorCNN", "PredictorMLP"),
-    "gravitar_dqn.randal.trainer": ("GAE", "NSTEP", "RANDALTrainer", "RANDALTrainerConfig"),
+    "gravitar_dqn.agents.dqn": ("DQNAgent",),
+    "gravitar_dqn.agents.randal": ("PPOConfig", "PPOIntrinsic", "RANDAL"),
+    "gravitar_dqn.agents.randal_trainer": ("GAE", "NSTEP", "RANDALTrainer", "RANDALTrainerConfig"),
+    "gravitar_dqn.encoders": ("MLP", "NatureCNN"),
+    "gravitar_dqn.networks": ("PredictorCNN", "PredictorMLP"),
     "gravitar_dqn.rnd": ("RewardForwardFilter", "RunningMeanStd"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Literal
 
-from gravitar_dqn import checkpoint, processes
+from gravitar_dqn import checkpoint, files, processes
 from gravitar_dqn.campaign_plan import (
     CUT_SHORT,
     DONE,
@@ -31,7 +31,8 @@ from gravitar_dqn.campaign_plan import (
     free_arguments,
 )
 from gravitar_dqn.campaign_table import table
-from gravitar_dqn.config import RunConfig, UserError
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
 
 if TYPE_CHECKING:
     from gravitar_dqn.training import Stop
@@ -46,12 +47,15 @@ End = Literal["done", "failed", "cut short", "stopped"]
 def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> int:
     """Do what fits into this call. 1 when all is done and a stage did not end well, else 0.
 
-    `read` gives the configuration that arguments of `train` stand for; UserError when they cannot be.
+    `read` returns the configuration that arguments of `train` stand for; UserError when they cannot be.
     """
     began = monotonic() - processes.age()  # on a busy machine the imports take seconds
     check_here(options, read(arguments_of(options)))
-    from gravitar_dqn.training import Stop, lock
+    from gravitar_dqn.run_dir import holds_other, lock
+    from gravitar_dqn.training import Stop
 
+    if holds_other(options.dir, "campaign.json"):
+        raise UserError(f"{options.dir} exists and is not a campaign's folder: another --dir starts anew")
     with lock(options.dir):
         state = claim(options)
         with Stop() as stop, processes.hang_up_stops():
@@ -75,11 +79,10 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
 def check_here(options: CampaignConfig, config: RunConfig) -> None:
     """Raise UserError for a game or a device that is not on this machine."""
     from gravitar_dqn.envs import find_game
-    from gravitar_dqn.execution import choose_device
-    from gravitar_dqn.training import check_execution
+    from gravitar_dqn.execution import check_execution, choose_device
 
     find_game(config.env)
-    check_execution(config, choose_device(options.device))
+    check_execution(config.execution, choose_device(options.device))
 
 
 class Campaign:
@@ -150,7 +153,7 @@ class Campaign:
     def _train(self, stage: Stage) -> None:
         run_dir, least = self._options.run_dir, self._options.least
         checkpoint.mend(run_dir)
-        if processes.wall_seconds(run_dir) and not self._has_checkpoint():
+        if files.wall_seconds(run_dir) and not self._has_checkpoint():
             raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
         if self._training_left >= least:
             span = min(self._training_left, self._left)
@@ -166,11 +169,11 @@ class Campaign:
     def _train_for(self, span: float, stage: Stage) -> bool:
         """Begin the run, or go on with it, for so many seconds; whether it came to an end of its own, good or bad."""
         run_dir, left = self._options.run_dir, self._training_left
-        free = free_arguments(self._options, processes.wall_seconds(run_dir), left, span)
+        free = free_arguments(self._options, files.wall_seconds(run_dir), left, span)
         words = processes.how_to_train(run_dir, arguments_of(self._options), free)
         end = self._process(stage, "train", processes.package_command(["train", *words]), span)
         self._note_machine()
-        line = processes.last_line(self._log("train"))
+        line = files.last_line(self._log("train"))
         if end == "failed" and " is complete (" not in line:
             _ended(stage, FAILED, line)
         elif end == "done" and line.startswith("stopped at step"):
@@ -232,7 +235,7 @@ class Campaign:
             return _ended(stage, CUT_SHORT, f"{stage.tries} calls were too short for it")
         stage.tries += 1
         end = self._process(stage, name, command, seconds, cwd)
-        line = processes.last_line(self._log(name))
+        line = files.last_line(self._log(name))
         if end == "stopped":
             stage.tries -= 1
         elif end == "cut short" and not before_training and not fresh:
@@ -282,12 +285,12 @@ class Campaign:
         return not stage.outcome
 
     def _game(self) -> str:
-        record = processes.read_json(self._options.run_dir / "config.json")
+        record = files.read_json(self._options.run_dir / "config.json")
         return str(record["config"]["env"]["id"])
 
     def _note_machine(self) -> None:
         with contextlib.suppress(UserError):  # it ended before it wrote one
-            record = processes.read_json(self._options.run_dir / "config.json")
+            record = files.read_json(self._options.run_dir / "config.json")
             for name, seen in (("device", self._state.machines), ("commit", self._state.commits)):
                 if record.get(name) and record[name] not in seen:
                     seen.append(record[name])

@@ -9,8 +9,10 @@ from typing import Any
 
 import tyro
 
-from gravitar_dqn.config import UserError, flatten, get_preset, to_dict
-from gravitar_dqn.processes import read_json, write_json
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import read_json, write_json
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.serialization import flatten, to_dict
 from gravitar_dqn.sweep_plan import LAST_PART, as_options, for_snapshots, label, read_settings
 
 STAGES = ("tests", "benchmark", "train", "weights", "evaluation", "curves")
@@ -184,7 +186,7 @@ def load(path: Path) -> State:
 def claim(options: CampaignConfig) -> State:
     """The state of the campaign in its folder, which is begun where there is none.
 
-    UserError when the folder holds something else, or a campaign of other options.
+    UserError when the folder holds a campaign of other options.
     """
     asked = {name: value for name, value in asdict(options).items() if name not in ("dir", "piece_minutes")}
     asked["settings"] = label(settings_of(options))
@@ -196,8 +198,6 @@ def claim(options: CampaignConfig) -> State:
                 f"{options.dir} holds a campaign with other options, another --dir starts anew: {'; '.join(told)}"
             )
         return state
-    if options.dir.exists() and any(file.name != "lock" for file in options.dir.iterdir()):
-        raise UserError(f"{options.dir} exists and is not a campaign's folder: another --dir starts anew")
     options.dir.mkdir(parents=True, exist_ok=True)
     state = State(asked)
     state.save(options.dir)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gravitar_dqn.campaign_plan import STAGES, CampaignConfig, State
-from gravitar_dqn.config import UserError
-from gravitar_dqn.processes import read_json, read_rows
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import read_json, read_rows
 
 Rows = Iterable[Sequence[str]]
 LONGEST = 160  # characters of what a stage said

@@ -1,21 +1,23 @@
 """Checkpoints: atomic, complete, and read without trusting them.
 
-A file is written aside, flushed to the disk and renamed; `latest` is a link that is replaced in one step. So a kill
-at any moment leaves the previous checkpoint whole.
+A file appears whole or not at all; `latest` is a link that is replaced in one step. So a kill at any moment leaves
+the previous checkpoint whole.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gravitar_dqn.config import UserError
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import written_whole
 
-FORMAT = 2  # 1 had the features of the convolutions in another order
+VERSION = "0.2.0"  # of this package
+FORMAT = 3  # 2 (version 0.1.0) had other names in the agent's state; 1 the features of convolutions in another order
+PLAYABLE = (2, FORMAT)  # their policy is the same
 
 
 def folder(run_dir: Path) -> Path:
@@ -31,16 +33,11 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     home = folder(run_dir)
     home.mkdir(parents=True, exist_ok=True)
     path = home / f"step_{global_step:012d}.pt"
-    aside = path.with_suffix(".tmp")
     try:
-        with aside.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with written_whole(path) as temporary:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
         _point_to(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        aside.unlink(missing_ok=True)
         raise OSError(f"checkpoint not written: {error}") from error
     others = sorted(old for old in home.glob("step_*.pt") if old != path)
     earlier = [old for old in others if old < path]  # later ones were left by a kill before `latest` named them
@@ -66,12 +63,20 @@ def mend(run_dir: Path) -> None:
         _point_to(paths[-1])
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours."""
+def load(run_dir: Path, device: torch.device | str = "cpu", *, resume: bool = False) -> dict[str, Any]:
+    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours.
+
+    `resume`: to train on, which takes one that this version wrote; older ones can still be played.
+    """
     path = folder(run_dir) / "latest"
     if not path.exists():
         raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
-    return read(path.resolve(), device)
+    state = read(path.resolve(), device)
+    if resume and state["format"] != FORMAT:
+        raise UserError(
+            f"{run_dir} was written by version 0.1.0 and cannot go on with {VERSION}: it can be evaluated and watched"
+        )
+    return state
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -84,6 +89,6 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         hint = f"; {others[-1]} is the one before it" if others else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason}){hint}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in PLAYABLE:
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT}; older ones cannot be used)")
     return state

@@ -18,20 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from gravitar_dqn.config import (
-    PRESETS,
-    PRETRAINED,
-    BenchConfig,
-    RunConfig,
-    UserError,
-    check_bounds,
-    differences,
-    flatten,
-    get_preset,
-    load_run,
-    to_dict,
-    validate,
-)
+from gravitar_dqn.benchmark.options import BenchConfig
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.logs import show_log
+from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
+from gravitar_dqn.run_dir import holds_other, load_run
+from gravitar_dqn.serialization import check_bounds, differences, flatten, to_dict, validate
 
 if TYPE_CHECKING:
     from gravitar_dqn.trained import Trained
@@ -176,17 +169,16 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
         if arguments.run_dir is not None and arguments.run_dir != arguments.resume:
             raise UserError("--resume goes on in its own folder: leave --run-dir out")
         if changed := differences(saved, config):
-            raise UserError(
-                f"{arguments.resume} was started with other settings, it cannot go on: {'; '.join(changed)}"
-            )
+            told = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+            raise UserError(f"{arguments.resume} was started with other settings, it cannot go on: {told}")
         run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if holds_other(run_dir, ours=""):
             raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
     from gravitar_dqn.training import train
 
-    train(config, run_dir, resume=saved is not None, show_sections=arguments.profile)
+    train(config, run_dir, resume=saved is not None, show_times=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
@@ -237,7 +229,7 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     from gravitar_dqn.recording import VideoError, record_game
 
     config, network = trained.config, load_policy(trained.config, trained.weights)
-    look = make_look(config, trained.state, network) if arguments.overlay else None
+    look = make_look(trained, network) if arguments.overlay else None
     home = arguments.video_dir / trained.name
     for i in range(arguments.episodes):
         name = f"step_{trained.global_step}_seed_{arguments.seed + i}"
@@ -296,7 +288,7 @@ def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
 
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
-    from gravitar_dqn.visdom_server import main as serve
+    from gravitar_dqn.dashboard.visdom_server import main as serve
 
     return serve(list(argv))
 
@@ -307,7 +299,7 @@ def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:
     check_bounds(settings, "--")
     if not settings.sizes or min(settings.sizes) < 1_000:
         raise UserError(f"--sizes is {' '.join(map(str, settings.sizes))}: every size must be at least 1000")
-    from gravitar_dqn.benchmark import run as measure
+    from gravitar_dqn.benchmark.suite import run as measure
 
     measure(settings)
 
@@ -326,6 +318,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
     """Run a command; a UserError, or a file that cannot be made, becomes one line on standard error and exit code 2."""
+    show_log()
     try:
         return command(argv, prog) or 0
     except (UserError, OSError) as error:

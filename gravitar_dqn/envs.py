@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import ale_py
 import gymnasium as gym
@@ -27,13 +27,15 @@ import numpy.typing as npt
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import AtariPreprocessing
+from torch import Tensor
 
-from gravitar_dqn.config import EnvConfig, UserError
+from gravitar_dqn.config import EnvSettings
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.processes import available_cores
 from gravitar_dqn.ram_envs import FRAME_SKIP, RAM_BYTES, RamVectorEnv
 
 GymSpec = gym.envs.registration.EnvSpec  # Gymnasium's entry of a game
-_MADE_FROM: weakref.WeakKeyDictionary[VectorEnv[Any, Any, Any], EnvConfig] = weakref.WeakKeyDictionary()
+_MADE_FROM: weakref.WeakKeyDictionary[VectorEnv[Any, Any, Any], EnvSettings] = weakref.WeakKeyDictionary()
 EMULATOR_FPS = 60
 gym.register_envs(ale_py)
 
@@ -45,26 +47,33 @@ class EnvSpec:
     frame_shape: tuple[int, ...]  # of one observation without its stack: (84, 84) or (n,)
     frame_dtype: torch.dtype  # uint8 or float32
     num_actions: int
+    frames_per_step: int = 1  # emulator frames; 1 where there is no emulator
 
     @property
-    def is_picture(self) -> bool:
-        """Whether a frame is a picture."""
-        return len(self.frame_shape) == 2
-
-    @property
-    def is_ram(self) -> bool:
-        """Whether a frame is the console's RAM."""
-        return self.frame_shape == (RAM_BYTES,) and self.frame_dtype == torch.uint8
+    def kind(self) -> Literal["picture", "ram", "vector"]:
+        """What a frame is: every network and every curiosity is made for one of these."""
+        if len(self.frame_shape) == 2:
+            return "picture"
+        return "ram" if self.frame_shape == (RAM_BYTES,) and self.frame_dtype == torch.uint8 else "vector"
 
     @property
     def stack(self) -> int:
         """Frames in an observation: four pictures; RAM and what it was a step before; a vector alone."""
-        return 4 if self.is_picture else 2 if self.is_ram else 1
+        return {"picture": 4, "ram": 2, "vector": 1}[self.kind]
 
     @property
     def obs_shape(self) -> tuple[int, ...]:
         """(4, 84, 84), (2, 128) or (n,)."""
-        return self.frame_shape if self.stack == 1 else (self.stack, *self.frame_shape)
+        return self.frame_shape if self.kind == "vector" else (self.stack, *self.frame_shape)
+
+    @property
+    def newest_shape(self) -> tuple[int, ...]:
+        """The shape of one of `newest`'s: (1, 84, 84), (128,) or (n,)."""
+        return (1, *self.frame_shape) if self.kind == "picture" else self.frame_shape
+
+    def newest(self, obs: Tensor) -> Tensor:
+        """The newest frames (N, *newest_shape) of observations (N, *obs_shape), which is all that curiosity sees."""
+        return obs if self.kind == "vector" else obs[:, -1].view(-1, *self.newest_shape)
 
 
 def spec_of(envs: VectorEnv[Any, Any, Any]) -> EnvSpec:
@@ -73,10 +82,22 @@ def spec_of(envs: VectorEnv[Any, Any, Any]) -> EnvSpec:
     shape = space.shape or ()
     shape = tuple(size for size in shape if size != 1) if len(shape) == 3 else shape
     dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32
-    return EnvSpec(shape, dtype, int(envs.single_action_space.n))  # type: ignore[attr-defined]
+    actions = int(envs.single_action_space.n)  # type: ignore[attr-defined]
+    return EnvSpec(shape, dtype, actions, frames_per_step(config_of(envs)))
 
 
-def spec_of_game(config: EnvConfig) -> EnvSpec:
+def frames_per_step(config: EnvSettings) -> int:
+    """Emulator frames in an agent step; the mean where the oldest ids skip a random number."""
+    spec = gym.registry.get(config.id)
+    if spec is None or not is_atari(spec):
+        return 1
+    skip = _emulator_skip(config, spec)
+    if isinstance(skip, tuple):
+        return round(_mean(skip))
+    return FRAME_SKIP if config.obs_type == "image" and skip == 1 else skip
+
+
+def spec_of_game(config: EnvSettings) -> EnvSpec:
     """The same for environments that are not made yet."""
     envs = make_envs(replace(config, num_envs=1))
     spec = spec_of(envs)
@@ -84,7 +105,7 @@ def spec_of_game(config: EnvConfig) -> EnvSpec:
     return spec
 
 
-def make_envs(config: EnvConfig) -> VectorEnv[Any, Any, Any]:
+def make_envs(config: EnvSettings) -> VectorEnv[Any, Any, Any]:
     """`config.num_envs` games side by side; UserError names an unknown game or one the agent cannot play."""
     spec = find_game(config)
     num_threads = min(config.num_threads or len(available_cores()), config.num_envs)
@@ -117,12 +138,12 @@ def make_envs(config: EnvConfig) -> VectorEnv[Any, Any, Any]:
     return envs
 
 
-def config_of(envs: VectorEnv[Any, Any, Any]) -> EnvConfig:
+def config_of(envs: VectorEnv[Any, Any, Any]) -> EnvSettings:
     """What `make_envs` made these of. Of others only the id is known, from Gymnasium's entry, or the class's name."""
     if envs in _MADE_FROM:
         return _MADE_FROM[envs]
     spec = envs.spec or getattr(next(iter(getattr(envs, "envs", ())), None), "spec", None)
-    return EnvConfig(id=spec.id if spec is not None else type(envs).__name__, num_envs=envs.num_envs)
+    return EnvSettings(id=spec.id if spec is not None else type(envs).__name__, num_envs=envs.num_envs)
 
 
 def action_names(envs: SyncVectorEnv) -> list[str]:
@@ -137,7 +158,7 @@ def is_atari(spec: GymSpec) -> bool:
 
 
 def make_recorded_env(
-    config: EnvConfig, on_frame: Callable[[npt.NDArray[np.uint8]], None]
+    config: EnvSettings, on_frame: Callable[[npt.NDArray[np.uint8]], None]
 ) -> tuple[SyncVectorEnv, float]:
     """One game that the agent sees as in `make_envs`, and the frames a second at which it plays in real speed.
 
@@ -150,12 +171,15 @@ def make_recorded_env(
     if not is_atari(spec):
         return env, float(env.metadata.get("render_fps", 30))
     skip = _emulator_skip(config, spec)
-    # The oldest ids skip a random number of frames, (2, 5) being 2 to 4.
-    frames = sum(range(*skip)) / len(range(*skip)) if isinstance(skip, tuple) else skip
-    return env, EMULATOR_FPS / frames
+    return env, EMULATOR_FPS / (_mean(skip) if isinstance(skip, tuple) else skip)
 
 
-def find_game(config: EnvConfig) -> GymSpec:
+def _mean(skip: tuple[int, int]) -> float:
+    """Of the random number of frames that the oldest ids skip: (2, 5) is 2 to 4."""
+    return sum(range(*skip)) / len(range(*skip))
+
+
+def find_game(config: EnvSettings) -> GymSpec:
     """Gymnasium's entry for the game; UserError names the nearest one where there is none."""
     try:
         return gym.spec(config.id)
@@ -165,7 +189,7 @@ def find_game(config: EnvConfig) -> GymSpec:
         raise UserError(f"unknown game {config.id!r}: {hint}") from None
 
 
-def _emulator_skip(config: EnvConfig, spec: GymSpec) -> int | tuple[int, int]:
+def _emulator_skip(config: EnvSettings, spec: GymSpec) -> int | tuple[int, int]:
     """Frames that the emulator itself skips: what the old ids say, else none for images (the wrapper skips)."""
     if spec.vector_entry_point is None:
         skip: int | tuple[int, int] = spec.kwargs["frameskip"]
@@ -174,7 +198,7 @@ def _emulator_skip(config: EnvConfig, spec: GymSpec) -> int | tuple[int, int]:
 
 
 def _make_single(
-    config: EnvConfig, spec: GymSpec, on_frame: Callable[[npt.NDArray[np.uint8]], None] | None = None
+    config: EnvSettings, spec: GymSpec, on_frame: Callable[[npt.NDArray[np.uint8]], None] | None = None
 ) -> gym.Env[Any, Any]:
     """One game through Gymnasium's own wrappers, showing its pictures to `on_frame`."""
     kwargs: dict[str, Any] = {"disable_env_checker": True}
@@ -225,7 +249,7 @@ class _Shown(gym.Wrapper[Any, Any, Any, Any]):
         self._on_frame(picture)
 
 
-def _check_spaces(config: EnvConfig, envs: VectorEnv[Any, Any, Any]) -> None:
+def _check_spaces(config: EnvSettings, envs: VectorEnv[Any, Any, Any]) -> None:
     actions, observations = envs.single_action_space, envs.single_observation_space
     shape = observations.shape or ()
     fits = isinstance(actions, gym.spaces.Discrete) and actions.n <= 256 and isinstance(observations, gym.spaces.Box)

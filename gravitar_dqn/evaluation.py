@@ -14,14 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gravitar_dqn import envs as games
-from gravitar_dqn import returns
-from gravitar_dqn.config import Config, RANDALConfig, RunConfig, UserError
-from gravitar_dqn.networks import make_q_network
-from gravitar_dqn.processes import write_json
-from gravitar_dqn.randal.networks import make_actor_critic
+from gravitar_dqn import functional
+from gravitar_dqn.agents import entry_of
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.envs import EnvSpec, frames_per_step, is_atari, make_envs, spec_of, spec_of_game
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.tracking import FRAMES_PER_STEP
 from gravitar_dqn.trained import Trained
 
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
@@ -38,7 +37,7 @@ class Policy:
         self,
         config: RunConfig,
         network: nn.Module,
-        spec: games.EnvSpec,
+        spec: EnvSpec,
         num_envs: int,
         *,
         epsilon: float,
@@ -47,7 +46,7 @@ class Policy:
     ) -> None:
         device = next(network.parameters()).device
         self.network = network
-        self._stochastic = isinstance(config, RANDALConfig)
+        self._action_scores = entry_of(config).action_scores
         self.frames = ReplayBuffer(
             num_envs,
             num_envs,
@@ -69,10 +68,8 @@ class Policy:
     def act(self) -> Tensor:
         """Actions (num_envs,) int64 for the newest observations."""
         obs = self.frames.latest()
-        scores = self.network(obs)
-        if self._stochastic:
-            scores = returns.sample_scores(scores[0], self.generator)
-        actions = returns.epsilon_greedy(scores, self.epsilon, self.generator)
+        scores = self._action_scores(self.network, obs, self.generator)
+        actions = functional.epsilon_greedy(scores, self.epsilon, self.generator)
         if self._on_act is not None:
             self._on_act(obs, actions)
         return actions
@@ -85,14 +82,7 @@ class Policy:
 
 def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device | str = "cpu") -> nn.Module:
     """The network that acts, with these weights; UserError when they do not fit the game."""
-    spec = games.spec_of_game(config.env)
-    network: nn.Module
-    if isinstance(config, RANDALConfig):
-        network = make_actor_critic(spec.obs_shape, spec.num_actions)
-    else:
-        assert isinstance(config, Config)
-        network = make_q_network(spec.obs_shape, spec.num_actions, config.agent)
-    network.to(device)
+    network = entry_of(config).make_policy(config, spec_of_game(config.env)).to(device)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -146,12 +136,12 @@ def summarize(scores: list[float], config: RunConfig, *, epsilon: float, seed: i
     """The contents of eval.json."""
     array = np.array(scores)
     gravitar = "gravitar" in config.env.id.lower()
-    atari = games.is_atari(gym.spec(config.env.id))
+    atari = is_atari(gym.spec(config.env.id))
     return {
         "episodes": len(scores),
         "epsilon": epsilon,
         "sticky_actions": config.env.sticky_actions if atari else None,
-        "frames_trained": global_step * FRAMES_PER_STEP,
+        "frames_trained": global_step * frames_per_step(config.env),
         "mean": float(array.mean()),
         "std": float(array.std()),
         "median": float(np.median(array)),
@@ -166,8 +156,8 @@ def evaluate(trained: Trained, *, episodes: int, epsilon: float, seed: int, devi
     """Play `episodes` whole games; returns eval.json's contents."""
     config = trained.config
     network = load_policy(config, trained.weights, device)
-    envs = games.make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
-    policy = Policy(config, network, games.spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
+    envs = make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
+    policy = Policy(config, network, spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
     return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=trained.global_step)

@@ -7,15 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
+import platform
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from gravitar_dqn.config import UserError
+from gravitar_dqn.errors import UserError
 
-Warn = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,26 +71,29 @@ def choose_execution(execution: str, device: torch.device) -> str:
     return "graphs" if device.type == "cuda" else "eager"
 
 
+def check_execution(execution: str, device: torch.device) -> None:
+    """Raise UserError for a way to run that the device does not have."""
+    if execution == "graphs" and device.type != "cuda":
+        raise UserError(f"--execution graphs needs a CUDA device, not {device}: --execution auto or eager works")
+
+
 class Graphed:
     """A function captured in a CUDA graph: a replay launches all its kernels at once.
 
-    The function takes and gives nothing: it reads and writes, in place, tensors that stay where they are, without ever
-    looking at a value on the host. Its first calls run as they are, on a side stream as capturing demands; they count.
+    The function takes and returns nothing: it reads and writes, in place, tensors that stay where they are, and never
+    looks at a value on the host. Its first calls run as they are, on a side stream as capturing demands; they count.
     Random numbers of `generator` are fresh at every replay. Where capturing fails it stays eager, with one warning.
 
     Args:
         function: what to run.
         generator: the random numbers it draws, on the device.
         device: where it runs.
-        warn: takes the line that says why capturing failed.
     """
 
     WARM_UP = 3
 
-    def __init__(
-        self, function: Callable[[], None], generator: torch.Generator, device: torch.device, warn: Warn
-    ) -> None:
-        self._function, self._generator, self._device, self._warn = function, generator, device, warn
+    def __init__(self, function: Callable[[], None], generator: torch.Generator, device: torch.device) -> None:
+        self._function, self._generator, self._device = function, generator, device
         self._calls = 0
         self._graph: Any = None
         self._failed = False
@@ -86,12 +106,12 @@ class Graphed:
             self._function()
         elif self._calls < self.WARM_UP:
             self._calls += 1
-            self._aside()
+            self._run_on_side_stream()
         else:
             self._capture()
             self()
 
-    def _aside(self) -> None:
+    def _run_on_side_stream(self) -> None:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         here = torch.cuda.current_stream(self._device)
         stream.wait_stream(here)
@@ -113,16 +133,16 @@ class Graphed:
             torch.cuda.set_stream(here)  # a capture that fails at its end leaves its own
             self._failed = True
             name = getattr(self._function, "__name__", "a function")
-            self._warn(f"{name} runs eagerly, no CUDA graph could be made of it: {str(error).splitlines()[0]}")
+            log.warning("%s runs eagerly, no CUDA graph could be made of it: %s", name, str(error).splitlines()[0])
         else:
             self._graph = graph
 
 
 def prepare(
-    function: Callable[[], None], graphs: bool, generator: torch.Generator, device: torch.device, warn: Warn
+    function: Callable[[], None], graphs: bool, generator: torch.Generator, device: torch.device
 ) -> Callable[[], None]:
     """The function as it runs: captured in a CUDA graph, or as it is."""
-    return Graphed(function, generator, device, warn) if graphs else function
+    return Graphed(function, generator, device) if graphs else function
 
 
 def prepare_optimizer(
@@ -155,6 +175,32 @@ def restore_generator(generator: torch.Generator, state: torch.Tensor, seed: int
         generator.set_state(state.cpu())
     except (RuntimeError, TypeError):
         generator.manual_seed(seed)
+
+
+class Upload:
+    """Takes arrays of one shape to the device. On CUDA through pinned memory, so that the host does not wait.
+
+    Args:
+        shape: the arrays' shape; axes of size 1 may be missing or extra in what is given.
+        dtype: their type.
+        device: where they go.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        self._pinned = torch.empty(shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, array: npt.NDArray[Any], out: Tensor | None = None) -> Tensor:
+        """The array on the device, in `out` if given."""
+        host = torch.from_numpy(np.ascontiguousarray(array)).view(self._shape)
+        if self._pinned is not None and self._sent is not None:
+            self._sent.synchronize()  # the copy before this one has long been made
+            host = self._pinned.copy_(host)
+        here = host.to(self._device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+        return here
 
 
 def keep_freed_memory() -> None:

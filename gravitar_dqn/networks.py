@@ -1,169 +1,31 @@
-"""Networks: uint8 observations go in as they are; dividing by 255 is the network's own business.
+"""Networks: an encoder's features and the heads on them, for pictures (4, 84, 84), RAM (2, 128) or vectors (n,).
 
-`conv_trunk` and `mlp` are shared by the Q networks, by curiosity and by RANDAL.
+Sizes: N rows of a batch, A actions, D features.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gravitar_dqn.config import DQNConfig
-
-CONV_FEATURES = 3136  # 64 channels of 7x7 after the three convolutions on 84x84
-WIDTH = 512  # of hidden layers
-
-
-def scale_pixels(obs: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]; other types pass as float32."""
-    return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()
-
-
-def newest_of(obs: Tensor) -> Tensor:
-    """The newest frame of observations: (N, 4, 84, 84) -> (N, 1, 84, 84); (N, 2, 128) -> (N, 128); (N, n) as it is."""
-    return obs[:, -1:] if obs.dim() == 4 else obs[:, -1] if obs.dim() == 3 else obs
-
-
-def newest_shape(obs_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one of `newest_of`'s: (1, 84, 84), (128,) or (n,)."""
-    return (1, *obs_shape[1:]) if len(obs_shape) == 3 else obs_shape[-1:]
-
-
-BLOCK = 4  # the first convolution's stride
-_WIDE = {1: torch.int32, 2: torch.int64, 4: torch.complex128}  # a type as wide as BLOCK pixels, by a pixel's bytes
-
-
-def space_to_depth(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks of 4x4 pixels as channels: (B, C, H, W) -> (B, 16 C, H / 4, W / 4) of type `dtype`, channels_last.
-
-    Four neighbouring pixels travel as one wide number: that moves a quarter as many, which is several times faster.
-    No gradient goes back through it.
-    """
-    batch, channels, height, width = x.shape
-    runs = x.contiguous().view(_WIDE[x.element_size()])
-    runs = runs.view(batch, channels, height // BLOCK, BLOCK, width // BLOCK).permute(0, 2, 4, 1, 3).contiguous()
-    return runs.view(x.dtype).to(dtype).view(batch, height // BLOCK, width // BLOCK, -1).permute(0, 3, 1, 2)
-
-
-class PixelConv2d(nn.Conv2d):
-    """The first convolution, 8x8 with stride 4, on pictures whose sides 4 divides.
-
-    It is computed as the same sum over 2x2 blocks of 4x4 pixels: a convolution of stride 1 over 16 times the channels,
-    which suits the hardware better than 4 channels do. uint8 is taken as pixels / 255: the division is done on the few
-    weights instead of the many pixels, and 0..255 are exact in bfloat16.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 2 * BLOCK, stride=BLOCK)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) uint8 or float -> (B, out_channels, H / 4 - 1, W / 4 - 1)."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        weight = self.weight / 255 if x.dtype == torch.uint8 else self.weight
-        blocks = weight.view(self.out_channels, self.in_channels, 2, BLOCK, 2, BLOCK).permute(0, 1, 3, 5, 2, 4)
-        blocks = blocks.reshape(self.out_channels, -1, 2, 2).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(space_to_depth(x, dtype), blocks, self.bias)
-
-
-class ScalePixels(nn.Module):
-    """`scale_pixels` as a layer."""
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """uint8 -> float32 in [0, 1]; other types pass as float32."""
-        return scale_pixels(obs)
-
-
-class FlattenLast(nn.Module):
-    """(B, channels, height, width) -> (B, height * width * channels): no copy of a channels_last tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
-def conv_trunk(channels: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """The convolutions of Mnih 2015: (B, channels, 84, 84), uint8 or scaled to taste -> (B, 3136)."""
-    return nn.Sequential(
-        PixelConv2d(channels, 32),
-        activation(),
-        nn.Conv2d(32, 64, 4, stride=2),
-        activation(),
-        nn.Conv2d(64, 64, 3, stride=1),
-        activation(),
-        FlattenLast(),
-    )
-
-
-class RamEncoder(nn.Module):
-    """The console's RAM as numbers: (B, 2, 128) uint8, the step before and now -> (B, features).
-
-    The bytes / 255, how they changed since the step before / 64, and their 1 024 bits: which of a byte's bits are
-    flags and which are digits is the game's secret.
-
-    Args:
-        bits: whether to show the bits too.
-        change: whether to show the change.
-    """
-
-    table: Tensor
-
-    def __init__(self, obs_shape: tuple[int, ...], *, bits: bool = True, change: bool = True) -> None:
-        super().__init__()
-        self.bits, self.change = bits, change
-        self.features = obs_shape[1] * (1 + change + 8 * bits)
-        table = (torch.arange(256)[:, None] >> torch.arange(8)) & 1  # (256, 8)
-        self.register_buffer("table", table.float(), persistent=False)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """As numbers between -4 and 4."""
-        before, now = obs.float().unbind(1)
-        parts = [now / 255]
-        if self.change:
-            parts.append((now - before) / 64)
-        if self.bits:
-            parts.append(F.embedding(obs[:, 1].int(), self.table).flatten(1))
-        return torch.cat(parts, dim=1)
-
-
-def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear layers between `sizes`, the activation between them and none at the end."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def channels_last(network: nn.Module) -> None:
-    """Lay convolution weights out for channels_last inputs, in place."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and not isinstance(module, PixelConv2d):  # that one reorders them itself
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def orthogonal_init(network: nn.Module, gain: float = math.sqrt(2)) -> None:
-    """Orthogonal weights with this gain and zero biases, in place (Burda 2018)."""
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.orthogonal_(module.weight, gain)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def fp32_last(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """`layers` of x, the last one in fp32 also under autocast.
-
-    Actions differ by far less than bfloat16 resolves next to a value of 5: their order would be lost.
-    """
-    hidden, last = layers[:-1], layers[-1]
-    x = hidden(x)
-    with torch.autocast(x.device.type, enabled=False):
-        outputs: Tensor = last(x.float())
-    return outputs
+from gravitar_dqn.config import DQNSettings
+from gravitar_dqn.encoders import (
+    CONV_FEATURES,
+    MLP,
+    WIDTH,
+    NatureCNN,
+    RamEncoder,
+    RamMLP,
+    channels_last,
+    conv_trunk,
+    dense_trunk,
+    fp32_last,
+    mlp,
+    orthogonal_init,
+    scale_pixels,
+)
+from gravitar_dqn.envs import EnvSpec
 
 
 class QNetwork(nn.Module):
@@ -195,26 +57,6 @@ class DuelingConvQNetwork(nn.Module):
         return fp32_last(self.value, features) + advantages - advantages.mean(dim=1, keepdim=True)
 
 
-def dense_block(inputs: int, outputs: int, *, layer_norm: bool) -> list[nn.Module]:
-    """Linear, LayerNorm (Gallici 2024: it keeps Q-learning from diverging) and ReLU."""
-    return [nn.Linear(inputs, outputs), nn.LayerNorm(outputs) if layer_norm else nn.Identity(), nn.ReLU()]
-
-
-def dense_trunk(obs_shape: tuple[int, ...], encoder: nn.Module | None, *, layer_norm: bool = True) -> nn.Sequential:
-    """512 features of pictures, RAM (through its encoder) or vectors, orthogonally initialized: -> (B, 512)."""
-    if len(obs_shape) == 3:
-        layers = [conv_trunk(obs_shape[0]), *dense_block(CONV_FEATURES, WIDTH, layer_norm=layer_norm)]
-    else:
-        encoder = encoder or ScalePixels()
-        inputs = int(getattr(encoder, "features", obs_shape[0]))
-        layers = [encoder, *dense_block(inputs, WIDTH, layer_norm=layer_norm)]
-        layers += dense_block(WIDTH, WIDTH, layer_norm=layer_norm)
-    trunk = nn.Sequential(*layers)
-    orthogonal_init(trunk)
-    channels_last(trunk)
-    return trunk
-
-
 class DuelingQNetwork(nn.Module):
     """Q = V + A - mean(A) (Wang 2016), one linear layer each, of a trunk with 512 features."""
 
@@ -231,6 +73,145 @@ class DuelingQNetwork(nn.Module):
         features = self.trunk(obs)
         advantages = fp32_last(self.advantage, features)
         return fp32_last(self.value, features) + advantages - advantages.mean(dim=1, keepdim=True)
+
+
+def make_q_network(spec: EnvSpec, settings: DQNSettings) -> nn.Module:
+    """The Q network that the settings ask for."""
+    shape, picture = spec.obs_shape, spec.kind == "picture"
+    if settings.network == "notebook":
+        if picture:
+            return DuelingConvQNetwork(shape[0], spec.num_actions)
+        return QNetwork(math.prod(shape), spec.num_actions)
+    encoder = RamEncoder(shape, bits=settings.ram_bits, change=settings.ram_change) if spec.kind == "ram" else None
+    trunk = dense_trunk(shape, encoder, layer_norm=settings.network == "layer_norm")
+    return DuelingQNetwork(trunk, spec.num_actions)
+
+
+# ---------------------------------------------------------------- actor-critic and its tasks
+
+
+class ActorCritic(nn.Module):
+    """Policy and two values of one trunk: the score's, and the bonus's, each with a head of its own.
+
+    Args:
+        policy_model: the trunk's class.
+        input_size: shape of an observation, (4, 84, 84) or (n,).
+        action_size: number of actions.
+        policy_args: further arguments of the trunk.
+    """
+
+    def __init__(
+        self,
+        policy_model: type[nn.Module],
+        input_size: tuple[int, ...],
+        action_size: int,
+        **policy_args: object,
+    ) -> None:
+        super().__init__()
+        self.trunk = policy_model(input_size, **policy_args)
+        self.dense_size = int(self.trunk.dense_size)  # type: ignore[arg-type]
+        self.policy = nn.Sequential(nn.Linear(self.dense_size, action_size))
+        self.value_ext = nn.Sequential(nn.Linear(self.dense_size, 1))
+        self.value_int = nn.Sequential(nn.Linear(self.dense_size, 1))
+        orthogonal_init(self.policy, gain=0.01)  # the first policy is nearly uniform
+        orthogonal_init(self.value_ext, gain=1.0)
+        orthogonal_init(self.value_int, gain=1.0)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, A), values of the score (N,) and of the bonus (N,), fp32, of obs (N, *input_size)."""
+        return self.heads(self.trunk(obs))
+
+    def heads(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a trunk's features (N, D)."""
+        value_ext, value_int = (fp32_last(head, features).squeeze(1) for head in (self.value_ext, self.value_int))
+        return fp32_last(self.policy, features), value_ext, value_int
+
+
+class PixelControl(nn.Module):
+    """Q values of changing each cell of 4x4 pixels (Jaderberg 2016), dueling: features (N, D) -> (N, A, 21, 21)."""
+
+    def __init__(self, dense_size: int, action_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dense_size, 32 * 8 * 8)
+        self.deconv = nn.ConvTranspose2d(32, 32, 3)
+        self.advantage = nn.ConvTranspose2d(32, action_size, 3, stride=2)
+        self.value = nn.ConvTranspose2d(32, 1, 3, stride=2)
+        orthogonal_init(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Q = V + A - mean(A) in every cell."""
+        x = self.dense(features).relu().view(-1, 32, 8, 8)
+        x = self.deconv(x).relu()  # (N, 32, 10, 10)
+        advantages, value = self.advantage(x).float(), self.value(x).float()
+        q_values: Tensor = value + advantages - advantages.mean(dim=1, keepdim=True)
+        return q_values
+
+
+class RewardPrediction(nn.Module):
+    """Will the next reward be zero, positive or negative? Features (N, D) -> logits (N, 3)."""
+
+    def __init__(self, dense_size: int) -> None:
+        super().__init__()
+        self.layers = mlp(dense_size, 128, 3)
+        orthogonal_init(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return fp32_last(self.layers, features)
+
+
+# ---------------------------------------------------------------- curiosity
+
+
+class PredictorCNN(nn.Module):
+    """An RND network for single frames (N, 1, 84, 84), normalized floats -> (N, dense_size).
+
+    The predictor is `trainable` and has two more layers than the target, which stays as it was made.
+    """
+
+    def __init__(self, input_size: tuple[int, ...], dense_size: int = 512, *, trainable: bool = True) -> None:
+        super().__init__()
+        self.dense_size = dense_size
+        self.layers = nn.Sequential(
+            conv_trunk(input_size[0], nn.LeakyReLU),
+            nn.Linear(CONV_FEATURES, dense_size),
+            _further_layers(dense_size, trainable),
+        )
+        orthogonal_init(self)
+        channels_last(self)
+        self.requires_grad_(trainable)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        features: Tensor = self.layers(frames)
+        return features
+
+
+class PredictorMLP(nn.Module):
+    """An RND network for vectors (N, inputs), normalized floats -> (N, dense_size); see `PredictorCNN`."""
+
+    def __init__(self, input_size: tuple[int, ...], dense_size: int = 64, *, trainable: bool = True) -> None:
+        super().__init__()
+        self.dense_size = dense_size
+        self.layers = nn.Sequential(
+            nn.Linear(input_size[0], dense_size),
+            nn.LeakyReLU(),
+            nn.Linear(dense_size, dense_size),
+            nn.LeakyReLU(),
+            nn.Linear(dense_size, dense_size),
+            _further_layers(dense_size, trainable),
+        )
+        orthogonal_init(self)
+        self.requires_grad_(trainable)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        features: Tensor = self.layers(obs)
+        return features
+
+
+def _further_layers(dense_size: int, trainable: bool) -> nn.Module:
+    """The two layers that only the predictor has."""
+    if not trainable:
+        return nn.Identity()
+    return nn.Sequential(nn.ReLU(), mlp(dense_size, dense_size, dense_size))
 
 
 class IntrinsicNetwork(nn.Module):
@@ -257,11 +238,14 @@ class IntrinsicNetwork(nn.Module):
         return features
 
 
-def make_q_network(obs_shape: tuple[int, ...], num_actions: int, config: DQNConfig) -> nn.Module:
-    """The Q network that the settings ask for, for pictures (4, 84, 84), RAM (2, 128) or vectors (n,)."""
-    if config.network == "notebook":
-        if len(obs_shape) == 3:
-            return DuelingConvQNetwork(obs_shape[0], num_actions)
-        return QNetwork(math.prod(obs_shape), num_actions)
-    encoder = RamEncoder(obs_shape, bits=config.ram_bits, change=config.ram_change) if len(obs_shape) == 2 else None
-    return DuelingQNetwork(dense_trunk(obs_shape, encoder, layer_norm=config.network == "layer_norm"), num_actions)
+TRUNKS: dict[str, type[nn.Module]] = {"picture": NatureCNN, "ram": RamMLP, "vector": MLP}
+
+
+def make_actor_critic(spec: EnvSpec) -> ActorCritic:
+    """The network of PPO's presets."""
+    return ActorCritic(TRUNKS[spec.kind], spec.obs_shape, spec.num_actions)
+
+
+def predictor_class(spec: EnvSpec) -> type[nn.Module]:
+    """The class of curiosity's two networks."""
+    return PredictorCNN if spec.kind == "picture" else PredictorMLP

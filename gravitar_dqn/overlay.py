@@ -8,41 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
-from gravitar_dqn.config import Config, RANDALConfig, RunConfig
+from gravitar_dqn.agents import entry_of
+from gravitar_dqn.agents.base import Insight, Look
 from gravitar_dqn.envs import spec_of_game
-from gravitar_dqn.networks import newest_of, newest_shape
-from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import PPOIntrinsic, network_classes
-from gravitar_dqn.randal.tasks import TASKS, AuxiliaryTasks, task_weights
-from gravitar_dqn.rnd import make_rnd
+from gravitar_dqn.trained import Trained
 
 Picture = npt.NDArray[np.uint8]
 
 WIDTH, LEAST_HEIGHT = 320, 400  # of the panel, pixels
 REMEMBERED = 240  # steps of curiosity shown
 INK, PAPER, DIM, BLUE, ORANGE = (40, 40, 40), (255, 255, 255), (225, 225, 225), (0, 114, 178), (213, 94, 0)
-
-
-@dataclass(frozen=True)
-class Insight:
-    """What is shown of one step."""
-
-    title: str  # of the values
-    values: npt.NDArray[np.float32]  # (A,), one for each action
-    bonus: float | None = None  # the predictor's error; None without curiosity
-    cells: npt.NDArray[np.float32] | None = None  # (21, 21), the pixel control map
-
-
-Look = Callable[[Tensor], Insight]
 
 
 class Overlay:
@@ -60,7 +41,7 @@ class Overlay:
         self._chosen = 0
         self._panel: Picture | None = None
 
-    def see(self, obs: Tensor, actions: Tensor) -> None:
+    def update(self, obs: Tensor, actions: Tensor) -> None:
         """Take in the observation (1, *obs_shape) and the action (1,) chosen on it."""
         self._insight, self._chosen, self._panel = self._look(obs), int(actions[0]), None
         if self._insight.bonus is not None:
@@ -127,50 +108,10 @@ def _write(block: Picture, text: str) -> None:
     cv2.putText(block, text, (10, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.42, INK, 1, cv2.LINE_AA)
 
 
-def make_look(config: RunConfig, state: dict[str, Any] | None, network: nn.Module) -> Look:
-    """What the agent of a checkpoint's `state` makes of observations; `network` is the one that acts.
+def make_look(trained: Trained, network: nn.Module) -> Look:
+    """What a trained agent makes of observations; `network` is the one that acts.
 
-    Without a state (weights that ship) there is only what that network says.
+    Weights that ship have no state: there is only what that network says.
     """
-    obs_shape = spec_of_game(config.env).obs_shape
-    if isinstance(config, RANDALConfig):
-        assert isinstance(network, PPOIntrinsic)
-        return _look_of_randal(config, state, network, obs_shape)
-    assert isinstance(config, Config)
-    rnd = None if state is None else make_rnd(obs_shape, config.env.num_envs, config.rnd)
-    if rnd is not None and state is not None:
-        rnd.load_state_dict(state["rnd"])
-
-    @torch.no_grad()
-    def look(obs: Tensor) -> Insight:
-        bonus = None if rnd is None else rnd.errors(obs).item()
-        return Insight("Q value", network(obs)[0].numpy(), bonus)
-
-    return look
-
-
-def _look_of_randal(
-    config: RANDALConfig, state: dict[str, Any] | None, network: PPOIntrinsic, obs_shape: tuple[int, ...]
-) -> Look:
-    weights = task_weights(config) if state is not None else dict.fromkeys(TASKS, 0.0)
-    tasks = AuxiliaryTasks(weights, network, network.policy[0].out_features)  # type: ignore[arg-type]
-    curiosity: Curiosity | None = None
-    if state is not None:
-        tasks.load_state_dict(state["tasks"])
-    if state is not None and config.rnd.coef != 0:
-        curiosity = Curiosity(network_classes(obs_shape)[1], newest_shape(obs_shape))
-        curiosity.attach(config.env.num_envs, config.rnd.gamma, config.rnd.init_updates)
-        curiosity.load_state_dict(state["curiosity"])
-
-    @torch.no_grad()
-    def look(obs: Tensor) -> Insight:
-        features = network.trunk(obs)
-        probabilities = network.heads(features)[0].softmax(dim=1)[0].numpy()
-        bonus, cells = None, None
-        if curiosity is not None:
-            bonus = curiosity.errors(curiosity.normalized(newest_of(obs)))[0].item()
-        if "pixel_control" in tasks.heads:
-            cells = tasks.heads["pixel_control"](features)[0].amax(dim=0).numpy()
-        return Insight("probability", probabilities, bonus, cells)
-
-    return look
+    config = trained.config
+    return entry_of(config).make_look(config, spec_of_game(config.env), network, trained.state)

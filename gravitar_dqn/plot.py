@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from gravitar_dqn.config import PRESETS, UserError, differences, flatten, load_run, to_dict
-from gravitar_dqn.tracking import warn
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.serialization import differences, flatten, to_dict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 PUBLISHED = Path(__file__).with_name("published_curves.csv")
@@ -118,7 +123,7 @@ def read_curves(options: PlotConfig) -> list[Curve]:
     if not curves:
         raise UserError(f"{reasons[0]}, and {len(reasons) - 1} more like it" if reasons[1:] else reasons[0])
     for reason in reasons:
-        warn(f"{reason}: left out")
+        log.warning(f"{reason}: left out")
     return curves
 
 

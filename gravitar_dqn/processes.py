@@ -1,11 +1,9 @@
-"""What a sweep and a campaign share: commands as processes with logs, and reading what those left behind."""
+"""What a sweep and a campaign share: commands as processes with logs."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -15,9 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from gravitar_dqn.config import UserError
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -116,42 +111,3 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
     if run_dir.exists():  # killed before its first checkpoint: train would refuse the folder
         shutil.rmtree(run_dir)
     return [*arguments, *free, "--run-dir", str(run_dir)]
-
-
-def wall_seconds(run_dir: Path) -> float:
-    """Training time so far, by metrics.csv; 0 before there is any."""
-    rows = read_rows(run_dir / "metrics.csv")
-    return float(rows[-1]["wall_seconds"]) if rows else 0.0
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV file's whole rows; none when there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if line.endswith("\n"))
-        return [row for row in rows if None not in row and None not in row.values()]
-
-
-def last_line(path: Path) -> str:
-    """The last line of a log that says anything."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("$ ")), "")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file; UserError when there is none in it."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no table")
-    return found
-
-
-def write_json(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a table as JSON; a kill at any moment leaves the file as it was, or whole."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(table, indent=2) + "\n")
-    unfinished.replace(path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import queue
 import shutil
@@ -28,11 +29,18 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gravitar_dqn import envs as games
-from gravitar_dqn.config import RunConfig, UserError, from_dict, to_dict
+from gravitar_dqn.agents.base import Look
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.envs import action_names, make_recorded_env, spec_of
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import Policy, load_policy, play_games
-from gravitar_dqn.overlay import Look, Overlay
-from gravitar_dqn.tracking import Console, Episode, TrackedAgent, warn
+from gravitar_dqn.loop import Agent, Episode
+from gravitar_dqn.overlay import Overlay
+from gravitar_dqn.presets import from_dict
+from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.telemetry import Console
+
+log = logging.getLogger(__name__)
 
 
 class VideoError(Exception):
@@ -48,7 +56,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         raise VideoError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
-    aside = path.with_suffix(".part.mp4")
+    temporary = path.with_suffix(".part.mp4")
     writer: Any = None
 
     def append(picture: npt.NDArray[np.uint8]) -> None:
@@ -56,7 +64,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         if writer is None:
             height, width = picture.shape[:2]
             writer = imageio_ffmpeg.write_frames(
-                str(aside),
+                str(temporary),
                 (width, height),
                 fps=fps,
                 quality=6,
@@ -73,17 +81,17 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         if writer is not None:
             writer.close()
             try:
-                imageio_ffmpeg.count_frames_and_secs(str(aside))
+                imageio_ffmpeg.count_frames_and_secs(str(temporary))
             except RuntimeError:  # ffmpeg says nothing when the disk fills up at the end
                 raise OSError("ffmpeg could not finish it: is the disk full?") from None
-            aside.replace(path)
+            temporary.replace(path)
     except OSError as error:
         raise VideoError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
     finally:
         if writer is not None:
             writer.close()
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def record_game(
@@ -98,13 +106,13 @@ def record_game(
     def show(picture: npt.NDArray[np.uint8]) -> None:
         append(picture if overlay is None else overlay.beside(picture))
 
-    env, fps = games.make_recorded_env(config.env, show)
+    env, fps = make_recorded_env(config.env, show)
     try:
         if look is not None:
-            overlay = Overlay(look, games.action_names(env))
+            overlay = Overlay(look, action_names(env))
         with mp4_writer(path, fps) as append:
-            on_act = None if overlay is None else overlay.see
-            policy = Policy(config, network, games.spec_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
+            on_act = None if overlay is None else overlay.update
+            policy = Policy(config, network, spec_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
             return play_games(env, policy, 1, seed)[0]
     except ImportError as error:
         raise VideoError(f"no video: {error}") from None
@@ -123,7 +131,7 @@ class Recorder:
     run goes on without videos.
     """
 
-    def __init__(self, config: RunConfig, home: Path, agent: TrackedAgent, console: Console) -> None:
+    def __init__(self, config: RunConfig, home: Path, agent: Agent, console: Console) -> None:
         self._config, self._home, self._agent, self._console = config, home, agent, console
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -191,7 +199,7 @@ class Recorder:
             self._console.video(answer["number"], answer["score"])
 
     def _give_up(self, reason: str) -> None:
-        warn(reason)
+        log.warning(reason)
         self._enabled = False
 
     def close(self) -> None:

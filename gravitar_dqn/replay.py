@@ -9,17 +9,14 @@ that action earned, and whether it ended the game. Stacks and n-step windows are
     reward              r_t-1    r_t     0      r_0
 
 The frame after a game's end is kept, because a time-out bootstraps from it; its row is never sampled.
-A row can be sampled exactly when its `weights` entry is above zero, so every rule about the write cursor, the
+A row can be sampled exactly when its `sampling_weights` entry is above zero, so every rule about the write cursor, the
 window's length, the stack's depth and dummy rows is decided once, when a row is written.
 Deep in-GPU replay: Parr 2018 (arXiv 1801.03138). Priorities: Schaul 2015 (arXiv 1511.05952).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +25,8 @@ import torch
 from line_profiler import profile
 from torch import Tensor
 
-from gravitar_dqn.config import UserError
-from gravitar_dqn.returns import window_steps
+from gravitar_dqn.execution import Upload
+from gravitar_dqn.functional import window_steps
 
 Bools = npt.NDArray[np.bool_]
 
@@ -46,8 +43,8 @@ class Batch:
     steps: Tensor  # (B,) int64, rewards in the window
     terminated: Tensor  # (B,) bool, the window ends in a termination
     truncated: Tensor  # (B,) bool, the window ends in a time-out
-    rows: Tensor  # (B,) int64, flat position of the transition in the buffer
-    last_rows: Tensor  # (B,) int64, flat position of the window's last transition
+    indices: Tensor  # (B,) int64, flat position of the transition in the buffer
+    last_indices: Tensor  # (B,) int64, flat position of the window's last transition
     probabilities: Tensor  # (B,) float64, of having been sampled
 
 
@@ -55,38 +52,12 @@ class Batch:
 class Windows:
     """B sampled windows of n steps. A window ends early at the end of its game; later entries mean nothing."""
 
-    positions: Tensor  # (B, n + 1) int64, flat position in the buffer of every frame from the first to the last
+    indices: Tensor  # (B, n + 1) int64, flat position in the buffer of every frame from the first to the last
     steps: Tensor  # (B,) int64, steps in the window
     inside: Tensor  # (B, n) bool, the step belongs to the window
     terminated: Tensor  # (B,) bool, the window ends in a termination
     truncated: Tensor  # (B,) bool, the window ends in a time-out
     probabilities: Tensor  # (B,) float64, of having been sampled
-
-
-class Upload:
-    """Takes arrays of one shape to the device. On CUDA through pinned memory, so that the host does not wait.
-
-    Args:
-        shape: the arrays' shape; axes of size 1 may be missing or extra in what is given.
-        dtype: their type.
-        device: where they go.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._device = shape, device
-        self._pinned = torch.empty(shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
-        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def __call__(self, array: npt.NDArray[Any], out: Tensor | None = None) -> Tensor:
-        """The array on the device, in `out` if given."""
-        host = torch.from_numpy(np.ascontiguousarray(array)).view(self._shape)
-        if self._pinned is not None and self._sent is not None:
-            self._sent.synchronize()  # the copy before this one has long been made
-            host = self._pinned.copy_(host)
-        here = host.to(self._device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
-        return here
 
 
 class ReplayBuffer:
@@ -117,7 +88,7 @@ class ReplayBuffer:
         self.obs_shape = frame_shape if len(frame_shape) == 1 and stack == 1 else (stack, *frame_shape)
         self.padding, self.priority_exponent = padding, priority_exponent
         self.device = torch.device(device)
-        self.num_rows = rows = num_rows(capacity, num_envs, stack, n_step)
+        self.num_rows = rows = -(-capacity // num_envs) + self._margin
         self.capacity = (rows - self._margin) * num_envs
 
         # The frame behind the last row stays zero: it is what a stack shows before a game's start.
@@ -128,10 +99,10 @@ class ReplayBuffer:
         self.int_rewards = torch.zeros(grid, device=self.device)
         self.terminations = torch.zeros(grid, dtype=torch.bool, device=self.device)
         self.truncations = torch.zeros(grid, dtype=torch.bool, device=self.device)
-        self.playable = torch.zeros(grid, dtype=torch.bool, device=self.device)  # an action was really played
+        self.valid = torch.zeros(grid, dtype=torch.bool, device=self.device)  # an action was really played
         self.ages = torch.zeros(grid, dtype=torch.uint8, device=self.device)  # frames since the start, up to stack - 1
-        self.weights = torch.zeros(grid, device=self.device)  # priority ** exponent where sampleable, else 0
-        self.row_weights = torch.zeros(rows, dtype=torch.float64, device=self.device)
+        self.sampling_weights = torch.zeros(grid, device=self.device)  # priority ** exponent where sampleable, else 0
+        self.row_sampling_weights = torch.zeros(rows, dtype=torch.float64, device=self.device)
         self.max_weight = torch.ones((), device=self.device)
 
         self._frames_upload = Upload((num_envs, *frame_shape), dtype, self.device)
@@ -177,8 +148,8 @@ class ReplayBuffer:
         """
         if self._written:
             previous = (self._cursor - 1) % self.num_rows
-            self.truncations[previous] |= self.playable[previous] & ~self.terminations[previous]
-            self.playable[self._cursor] = False
+            self.truncations[previous] |= self.valid[previous] & ~self.terminations[previous]
+            self.valid[self._cursor] = False
             self._played[self._cursor] = 0
         self._ages[:] = 0
         self._advance(obs, torch.zeros(self.num_envs, device=self.device))
@@ -206,7 +177,7 @@ class ReplayBuffer:
         row = self._cursor
         self.actions[row] = actions
         self.rewards[row] = columns[0]
-        self.terminations[row], self.truncations[row], self.playable[row] = columns[2:].bool()
+        self.terminations[row], self.truncations[row], self.valid[row] = columns[2:].bool()
         self.int_rewards[row] = 0
         self._played[row] = played.sum()
         self._advance(next_obs, columns[1])
@@ -218,32 +189,32 @@ class ReplayBuffer:
         first = row * self.num_envs
         self._frames_upload(obs, self.frames[first : first + self.num_envs])
         self.ages[row] = ages
-        self.playable[row] = False
+        self.valid[row] = False
         self._played[row] = 0
         # The new frames took the place of the oldest row, which the stacks of the next stack - 1 rows reached into.
         stale = (row + self.stack - 1) % self.num_rows  # those before it were retired by the calls before
-        self.weights[stale], self.row_weights[stale] = 0.0, 0.0
+        self.sampling_weights[stale], self.row_sampling_weights[stale] = 0.0, 0.0
         if self._written > self.n_step:  # the row whose window these frames complete
             ready = (row - self.n_step) % self.num_rows
-            self.weights[ready] = self.max_weight * self.playable[ready]
-            self.row_weights[ready] = self.weights[ready].sum(dtype=torch.float64)
+            self.sampling_weights[ready] = self.max_weight * self.valid[ready]
+            self.row_sampling_weights[ready] = self.sampling_weights[ready].sum(dtype=torch.float64)
 
     def set_int_rewards(self, int_rewards: Tensor) -> None:
         """Store the curiosity bonus (num_envs,) of the step that `put` stored last."""
         self.int_rewards[(self._cursor - 1) % self.num_rows] = int_rewards
 
-    def refresh_int_rewards(self, rows: Tensor, int_rewards: Tensor) -> None:
-        """Replace stored bonuses (B,) at flat positions `rows` (B,), such as `Batch.last_rows`."""
-        self.int_rewards.view(-1)[rows] = int_rewards
+    def refresh_int_rewards(self, indices: Tensor, int_rewards: Tensor) -> None:
+        """Replace stored bonuses (B,) at flat `indices` (B,), such as `Batch.last_indices`."""
+        self.int_rewards.view(-1)[indices] = int_rewards
 
-    def update_priorities(self, rows: Tensor, priorities: Tensor) -> None:
-        """Set the priorities (B,), above zero, of flat positions `rows` (B,) that were just sampled."""
+    def update_priorities(self, indices: Tensor, priorities: Tensor) -> None:
+        """Set the priorities (B,), above zero, of flat `indices` (B,) that were just sampled."""
         if self.priority_exponent == 0:
             return
-        weights = priorities.float() ** self.priority_exponent * (self.weights.view(-1)[rows] > 0)
-        self.weights.view(-1)[rows] = weights
-        touched = torch.div(rows, self.num_envs, rounding_mode="floor")
-        self.row_weights[touched] = self.weights[touched].sum(dim=1, dtype=torch.float64)
+        weights = priorities.float() ** self.priority_exponent * (self.sampling_weights.view(-1)[indices] > 0)
+        self.sampling_weights.view(-1)[indices] = weights
+        touched = torch.div(indices, self.num_envs, rounding_mode="floor")
+        self.row_sampling_weights[touched] = self.sampling_weights[touched].sum(dim=1, dtype=torch.float64)
         self.max_weight.copy_(torch.maximum(self.max_weight, weights.max()))
 
     # ---------------------------------------------------------------- reading
@@ -253,7 +224,7 @@ class ReplayBuffer:
         return self.stacks(self._cursor * self.num_envs + self._env_index, out)
 
     def rollout(self, num_steps: int) -> Tensor:
-        """Flat positions (num_steps + 1, num_envs) of the last steps' frames and of the newest."""
+        """Flat indices (num_steps + 1, num_envs) of the last steps' frames and of the newest."""
         rows = torch.arange(self._cursor - num_steps, self._cursor + 1, device=self.device) % self.num_rows
         return rows[:, None] * self.num_envs + self._env_index
 
@@ -264,39 +235,39 @@ class ReplayBuffer:
 
     def last_played(self) -> Tensor:
         """Where the step that `put` stored last was a real one: (num_envs,) bool, on the device."""
-        return self.playable[(self._cursor - 1) % self.num_rows]
+        return self.valid[(self._cursor - 1) % self.num_rows]
 
     @profile
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
         """Draw `batch_size` windows with replacement, each with probability weight / sum of weights."""
         windows = self.windows(batch_size, generator)
-        rows = windows.positions[:, 0]
+        indices = windows.indices[:, 0]
         steps = windows.steps.unsqueeze(1)
         return Batch(
-            obs=self.stacks(rows),
-            actions=self.actions.view(-1)[rows].long(),
-            rewards=self.rewards.view(-1)[windows.positions[:, :-1]] * windows.inside,
-            int_rewards=self.int_rewards.view(-1)[windows.positions[:, :-1]] * windows.inside,
-            next_obs=self.stacks(windows.positions.gather(1, steps).squeeze(1)),
+            obs=self.stacks(indices),
+            actions=self.actions.view(-1)[indices].long(),
+            rewards=self.rewards.view(-1)[windows.indices[:, :-1]] * windows.inside,
+            int_rewards=self.int_rewards.view(-1)[windows.indices[:, :-1]] * windows.inside,
+            next_obs=self.stacks(windows.indices.gather(1, steps).squeeze(1)),
             steps=windows.steps,
             terminated=windows.terminated,
             truncated=windows.truncated,
-            rows=rows,
-            last_rows=windows.positions.gather(1, steps - 1).squeeze(1),
+            indices=indices,
+            last_indices=windows.indices.gather(1, steps - 1).squeeze(1),
             probabilities=windows.probabilities,
         )
 
     def windows(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
-        """Where the windows lie that `sample` draws: positions for `stacks`, and for any column, flattened."""
-        rows, probabilities = self._draw(batch_size, generator)
-        time, env = torch.div(rows, self.num_envs, rounding_mode="floor"), rows % self.num_envs
-        positions = (time[:, None] + self._window) % self.num_rows * self.num_envs + env[:, None]  # (B, n + 1)
-        terminations = self.terminations.view(-1)[positions[:, :-1]]
-        truncations = self.truncations.view(-1)[positions[:, :-1]]
+        """Where the windows lie that `sample` draws: flat indices for `stacks`, and for any column, flattened."""
+        first, probabilities = self._draw(batch_size, generator)
+        time, env = torch.div(first, self.num_envs, rounding_mode="floor"), first % self.num_envs
+        indices = (time[:, None] + self._window) % self.num_rows * self.num_envs + env[:, None]  # (B, n + 1)
+        terminations = self.terminations.view(-1)[indices[:, :-1]]
+        truncations = self.truncations.view(-1)[indices[:, :-1]]
         steps = window_steps(terminations | truncations)
         inside = self._window[:-1] < steps[:, None]
         return Windows(
-            positions=positions,
+            indices=indices,
             steps=steps,
             inside=inside,
             terminated=(terminations & inside).any(dim=1),
@@ -304,25 +275,25 @@ class ReplayBuffer:
             probabilities=probabilities,
         )
 
-    def choose(
+    def sample_where(
         self, eligible: Tensor, batch_size: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Flat positions (B,) drawn evenly from the sampleable steps where `eligible` (rows, num_envs) is true.
+        """Flat indices (B,) drawn evenly from the sampleable steps where `eligible` (rows, num_envs) is true.
 
-        Gives also whether there is any, a bool scalar on the device; where there is none, the positions mean nothing.
+        Returns also whether there is any, a bool scalar on the device; where there is none, the indices mean nothing.
         """
-        counts = ((self.weights > 0) & eligible).view(-1).cumsum(0)
+        counts = ((self.sampling_weights > 0) & eligible).view(-1).cumsum(0)
         draws = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator) * counts[-1]
-        positions = torch.searchsorted(counts, draws.long(), right=True).clamp_(max=counts.numel() - 1)
-        return positions, counts[-1] > 0
+        indices = torch.searchsorted(counts, draws.long(), right=True).clamp_(max=counts.numel() - 1)
+        return indices, counts[-1] > 0
 
     def _draw(self, batch_size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Flat positions (B,) and their probabilities: prefix sum and search, first over rows, then within one."""
+        """Flat indices (B,) and their probabilities: prefix sum and search, first over rows, then within one."""
         draws = torch.rand(2, batch_size, dtype=torch.float64, device=self.device, generator=generator)
-        by_row = self.row_weights.cumsum(0)
+        by_row = self.row_sampling_weights.cumsum(0)
         total = by_row[-1]
         row = torch.searchsorted(by_row, draws[0] * total, right=True).clamp_(max=self.num_rows - 1)
-        weights = self.weights[row].double()  # (B, num_envs)
+        weights = self.sampling_weights[row].double()  # (B, num_envs)
         by_env = weights.cumsum(1)
         env = torch.searchsorted(by_env, (draws[1] * by_env[:, -1]).unsqueeze(1), right=True).clamp_(
             max=self.num_envs - 1
@@ -330,34 +301,33 @@ class ReplayBuffer:
         probabilities = weights.gather(1, env).squeeze(1) / total
         return row * self.num_envs + env.squeeze(1), probabilities
 
-    def stacks(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Observations (B, *obs_shape) whose newest frames lie at flat positions `rows` (B,), in `out` if given."""
+    def stacks(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Observations (B, *obs_shape) whose newest frames lie at flat `indices` (B,), in `out` if given."""
         if self.stack > 1:
-            ages = self.ages.view(-1)[rows].unsqueeze(1).long()
-            back = self._offsets.expand(len(rows), -1)
+            ages = self.ages.view(-1)[indices].unsqueeze(1).long()
+            back = self._offsets.expand(len(indices), -1)
             if self.padding == "repeat":
                 back = torch.minimum(back, ages)
-            index = (rows[:, None] - back * self.num_envs) % (self.num_rows * self.num_envs)
-            rows = torch.where(back <= ages, index, self.num_rows * self.num_envs).view(-1)
+            index = (indices[:, None] - back * self.num_envs) % (self.num_rows * self.num_envs)
+            indices = torch.where(back <= ages, index, self.num_rows * self.num_envs).view(-1)
         flat = None if out is None else out.view(-1, *self.frame_shape)
-        return torch.index_select(self.frames, 0, rows, out=flat).view(-1, *self.obs_shape)
+        return torch.index_select(self.frames, 0, indices, out=flat).view(-1, *self.obs_shape)
 
     # ---------------------------------------------------------------- keeping
 
     def check_valid(self) -> None:
         """Raise AssertionError where the buffer's own bookkeeping contradicts itself. For tests."""
         assert not self.frames[-1].any(), "the padding frame was written"
-        assert torch.allclose(self.row_weights, self.weights.sum(1, dtype=torch.float64)), "row sums are stale"
-        sampleable = self.weights > 0
-        assert not (sampleable & ~self.playable).any(), "a row without an action can be sampled"
+        sums = self.sampling_weights.sum(1, dtype=torch.float64)
+        assert torch.allclose(self.row_sampling_weights, sums), "row sums are stale"
+        sampleable = self.sampling_weights > 0
+        assert not (sampleable & ~self.valid).any(), "a row without an action can be sampled"
         for distance in range(-self.n_step + 1, self.stack):
             assert not sampleable[(self._cursor + distance) % self.num_rows].any(), "a window straddles the cursor"
 
     def _tensors(self) -> dict[str, Tensor]:
-        names = (
-            "frames actions rewards int_rewards terminations truncations playable ages weights row_weights max_weight"
-        )
-        return {name: getattr(self, name) for name in names.split()}
+        names = "frames actions rewards int_rewards terminations truncations valid ages max_weight".split()
+        return {name: getattr(self, name) for name in [*names, "sampling_weights", "row_sampling_weights"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything stored, for `torch.save`; tensors are shared with the buffer."""
@@ -374,51 +344,3 @@ class ReplayBuffer:
             tensor.copy_(state[name])
         self._cursor, self._written = int(state["cursor"]), int(state["written"])
         self._played = state["played"].numpy().copy()
-
-
-def num_rows(capacity: int, num_envs: int, stack: int, n_step: int) -> int:
-    """Rows of a ring from which `capacity` transitions can be sampled."""
-    return -(-capacity // num_envs) + n_step + stack - 1
-
-
-def bytes_per_transition(frame_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """One frame and what goes with it: action, flags and age a byte each, rewards and weight four."""
-    return int(np.prod(frame_shape)) * dtype.itemsize + 5 * 1 + 3 * 4
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory free for tensors on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")] or free
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        free.append(limit - used)
-    return min(free)
-
-
-def plan_memory(
-    capacity: int,
-    frame_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    setting: str = "--agent.buffer-size",
-    unit: int = 1,
-) -> str:
-    """A line with the buffer's size, to print before it is allocated; UserError when it would not fit.
-
-    `setting` is the option that decides it, in units of so many transitions.
-    """
-    each, free = bytes_per_transition(frame_shape, dtype), available_bytes(device)
-    # A tenth is left for networks and activations.
-    fits = int(free * 0.9) // each // unit
-    fits -= fits % 1000 if fits > 1000 else 0
-    if capacity > fits * unit:
-        raise UserError(
-            f"a replay buffer of {capacity} transitions needs {capacity * each / 2**30:.1f} GiB, but {device} has "
-            f"{free / 2**30:.1f} GiB free: {setting} {fits} would fit"
-        )
-    return f"replay buffer: {capacity} transitions of {each} bytes, {capacity * each / 2**30:.2f} GiB on {device}"

@@ -1,8 +1,7 @@
 """Curiosity: Random Network Distillation (Burda 2018, arXiv 1810.12894).
 
 A predictor learns to match a frozen random network. Where it fails, the frames are new: its error is the bonus.
-`RND` is the paper's; `NotebookRND` is the original notebook's, kept with its faults. Both offer the same three
-calls: `observe` (bonus of a step, once, when it is played), `learning_rewards` (what of it is learned), `loss`.
+`RND` is the paper's, for every agent; `NotebookRND` is the original notebook's, kept with its faults.
 """
 
 from __future__ import annotations
@@ -10,9 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gravitar_dqn.config import RNDConfig
-from gravitar_dqn.networks import IntrinsicNetwork, newest_of, newest_shape, scale_pixels
-from gravitar_dqn.returns import masked_mean
+from gravitar_dqn.config import RNDSettings
+from gravitar_dqn.encoders import scale_pixels
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.functional import masked_mean
+from gravitar_dqn.networks import IntrinsicNetwork, predictor_class
+
+TRAINED_ENVS = 32  # of a rollout: more environments do not train the predictor faster
 
 
 class RunningMeanStd(nn.Module):
@@ -66,68 +69,127 @@ class RewardForwardFilter(nn.Module):
         self.register_buffer("returns", torch.zeros(num_envs))
 
     def update(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Advance by one step's rewards (num_envs,) where `mask` (num_envs,) is true; gives the sums (num_envs,)."""
+        """Advance by one step's rewards (num_envs,) where `mask` (num_envs,) is true; returns the sums (num_envs,)."""
         self.returns.copy_(torch.where(mask, self.gamma * self.returns + rewards, self.returns))
         return self.returns
 
 
 class RND(nn.Module):
-    """Bonus of the newest frame, on observations normalized by their running mean and standard deviation.
+    """The two networks and their statistics.
 
-    The bonus is divided by the running standard deviation of its own discounted sums. Both networks see the
-    same normalized frame. There is no bonus until the predictor has had `init_updates` gradient steps: before, its
-    errors are tens of times larger everywhere, which tells nothing of novelty and would set the scale for long.
+    Both see the newest frame, normalized by the running mean and standard deviation of all frames. Bonuses are learned
+    in units of the standard deviation of their own discounted sums along time. There is no bonus until the predictor
+    has had `init_updates` gradient steps: before, its errors are tens of times larger everywhere, which tells nothing
+    of novelty and would set that unit for long.
+
+    Args:
+        target: the frozen network.
+        predictor: the one that learns; both map frames (N, *newest_shape) to features (N, D).
+        spec: what the environments show.
+        num_envs: environments that step together.
+        gamma: discount of those sums.
+        init_updates: gradient steps of the predictor before there is a bonus.
+        share: of the rows of a batch that the predictor learns from, drawn anew at every gradient step.
     """
 
+    forward_filter: RewardForwardFilter
     updates: Tensor
 
-    def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
+    def __init__(
+        self,
+        target: nn.Module,
+        predictor: nn.Module,
+        spec: EnvSpec,
+        num_envs: int,
+        *,
+        gamma: float,
+        init_updates: int,
+        share: float = 1.0,
+    ) -> None:
         super().__init__()
-        frame_shape = newest_shape(obs_shape)
-        self.config = config
-        self.target = IntrinsicNetwork(frame_shape, predictor=False)
-        self.predictor = IntrinsicNetwork(frame_shape, predictor=True)
-        self.obs_rms = RunningMeanStd(frame_shape)
+        self.target, self.predictor = target, predictor
+        self.obs_rms = RunningMeanStd(spec.newest_shape)
         self.reward_rms = RunningMeanStd()
-        self.forward_filter = RewardForwardFilter(num_envs, config.gamma)
+        self.forward_filter = RewardForwardFilter(num_envs, gamma)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # gradient steps of the predictor
-
-    def observe(self, obs: Tensor, played: Tensor) -> Tensor:
-        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true."""
-        with torch.no_grad():
-            ready = played & self.ready
-            bonus = self.errors(obs) * ready
-        self.obs_rms.update(newest_of(obs).float(), played)  # after the bonus, which used the old statistics
-        self.reward_rms.update(self.forward_filter.update(bonus, ready), ready)
-        return bonus
+        self._spec, self._init_updates, self._share = spec, init_updates, share
 
     @property
     def ready(self) -> Tensor:
         """Whether the predictor's errors tell new from known yet: bool scalar, on the device."""
-        return self.updates >= self.config.init_updates
+        return self.updates >= self._init_updates
+
+    def normalized(self, frames: Tensor) -> Tensor:
+        """clip((frame - mean) / std, -5, 5) of frames (N, *newest_shape), 0..255; never divided by 255."""
+        return normalize_frames(frames, self.obs_rms.mean, self.obs_rms.std)
+
+    def errors(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared errors (N,) on frames as stored, and the target's features (N, D), which never change."""
+        seen = self.normalized(frames)
+        with torch.no_grad():
+            features: Tensor = self.target(seen).float()
+        return self._errors(seen, features), features
+
+    def errors_against(self, frames: Tensor, features: Tensor) -> Tensor:
+        """The same errors where the target's features are known."""
+        return self._errors(self.normalized(frames), features)
+
+    def _errors(self, seen: Tensor, features: Tensor) -> Tensor:
+        errors: Tensor = (self.predictor(seen).float() - features).square().mean(dim=1)
+        return errors
+
+    def predictor_loss(self, errors: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean over a random share of the rows (N,) (Burda 2018, algorithm 1). Counts a gradient step."""
+        self.updates += 1
+        mask = torch.rand(len(errors), device=errors.device, generator=generator) < self._share
+        return masked_mean(errors, mask.float())
+
+    def bonus(self, obs: Tensor) -> Tensor:
+        """Errors (N,) of the newest frames of observations (N, *obs_shape)."""
+        return self.errors(self._spec.newest(obs))[0]
+
+    def _update_scale(self, bonuses: Tensor, counted: Tensor) -> None:
+        """Take bonuses (T, B) in the order of time into the standard deviation, those where `counted` (T, B)."""
+        steps = zip(bonuses, counted, strict=True)
+        sums = [self.forward_filter.update(bonus, counts).clone() for bonus, counts in steps]
+        self.reward_rms.update(torch.stack(sums).view(-1), counted.reshape(-1))
+
+    # ---------------------------------------------------------------- for an agent that learns from single steps
+
+    @torch.no_grad()
+    def observe(self, obs: Tensor, played: Tensor) -> Tensor:
+        """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true."""
+        counted = played & self.ready
+        bonus = self.bonus(obs) * counted
+        self.obs_rms.update(self._spec.newest(obs), played)  # after the bonus, which used the old statistics
+        self._update_scale(bonus[None], counted[None])
+        return bonus
 
     def learning_rewards(self, bonus: Tensor) -> Tensor:
         """Stored bonuses, any shape, in today's units: divided by the intrinsic return's standard deviation."""
         return bonus / self.reward_rms.std
 
-    def errors(self, obs: Tensor) -> Tensor:
-        """Mean squared error (B,) over the 512 features, with the predictor's gradient."""
-        z = (newest_of(obs).float() - self.obs_rms.mean.float()) / self.obs_rms.std
-        z = z.clamp(-5, 5)
-        with torch.no_grad():
-            target = self.target(z).float()
-        errors: Tensor = (self.predictor(z).float() - target).square().mean(dim=1)
-        return errors
-
     def loss(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Predictor's loss, and the fresh bonus (B,) of the observations, which comes with it for free."""
-        errors = self.errors(obs)
-        self.updates += 1
-        return errors.mean(), errors.detach() * self.ready
+        errors = self.bonus(obs)
+        return self.predictor_loss(errors, generator), errors.detach() * self.ready
+
+    # ---------------------------------------------------------------- for an agent that learns from rollouts
+
+    @torch.no_grad()
+    def rollout_rewards(self, bonuses: Tensor) -> Tensor:
+        """Raw bonuses (T, B) of a rollout as they are learned; the unit takes them in first."""
+        self._update_scale(bonuses, self.ready.expand(bonuses.shape))
+        return bonuses * self.ready / self.reward_rms.std
+
+
+def normalize_frames(frames: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """clip((frame - mean) / std, -5, 5) of frames (N, *newest_shape), 0..255."""
+    return ((frames.float() - mean.float()) / std.float()).clamp(-5, 5)
 
 
 class NotebookRND(nn.Module):
-    """The original's bonus, faults included: see the table of its faults in gravitar_dqn/README.md.
+    """The original's bonus, faults included: see the table of its faults in agents/README.md.
 
     Only the target's input is divided by 255, the predictor never learns, and the bonus is normalized once, when it
     is stored, by mean and standard deviation of the last 1 000.
@@ -138,10 +200,10 @@ class NotebookRND(nn.Module):
     history: Tensor
     seen: Tensor
 
-    def __init__(self, obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> None:
+    def __init__(self, spec: EnvSpec) -> None:
         super().__init__()
-        self.config = config
-        shape = obs_shape if len(obs_shape) == 3 else newest_shape(obs_shape)  # whole stacks of pictures
+        self._spec = spec
+        shape = spec.obs_shape if spec.kind == "picture" else spec.newest_shape  # whole stacks of pictures
         self.target = IntrinsicNetwork(shape, predictor=False)
         self.predictor = IntrinsicNetwork(shape, predictor=True)
         # One place more, for the bonuses of steps that were not played: a fixed shape waits for no count.
@@ -151,7 +213,7 @@ class NotebookRND(nn.Module):
     def observe(self, obs: Tensor, played: Tensor) -> Tensor:
         """(bonus - mean) / std over the last 1 000 bonuses, these included, clipped to [-5, 5]: (num_envs,)."""
         with torch.no_grad():
-            bonus = self.errors(obs).double()
+            bonus = self.bonus(obs).double()
         place = (self.seen + played.cumsum(0) - 1) % self.LENGTH
         self.history[torch.where(played, place, self.LENGTH)] = bonus
         self.seen += played.sum()
@@ -164,7 +226,7 @@ class NotebookRND(nn.Module):
         """What was stored, as it was: it goes stale."""
         return bonus
 
-    def errors(self, obs: Tensor) -> Tensor:
+    def bonus(self, obs: Tensor) -> Tensor:
         """Half the sum of squared errors (B,) over the 512 features."""
         return 0.5 * self._squares(obs).sum(dim=1)
 
@@ -176,14 +238,23 @@ class NotebookRND(nn.Module):
         return masked_mean(errors, mask.float()), None
 
     def _squares(self, obs: Tensor) -> Tensor:
-        obs = obs if obs.dim() == 4 else newest_of(obs)
+        obs = obs if self._spec.kind == "picture" else self._spec.newest(obs)
         features = self.predictor(obs.float()).float()  # 0..255
         squares: Tensor = (self.target(scale_pixels(obs)).float() - features).square()
         return squares
 
 
-def make_rnd(obs_shape: tuple[int, ...], num_envs: int, config: RNDConfig) -> RND | NotebookRND | None:
-    """The curiosity that `config` asks for; None for a coefficient of 0."""
-    if config.coef == 0:
+def make_rnd_networks(spec: EnvSpec) -> tuple[nn.Module, nn.Module]:
+    """The frozen network and the predictor of the presets."""
+    network = predictor_class(spec)
+    return network(spec.newest_shape, trainable=False), network(spec.newest_shape, trainable=True)
+
+
+def make_rnd(spec: EnvSpec, num_envs: int, settings: RNDSettings) -> RND | NotebookRND | None:
+    """The curiosity of a DQN that `settings` ask for; None for a coefficient of 0."""
+    if settings.coef == 0:
         return None
-    return (RND if config.variant == "rnd" else NotebookRND)(obs_shape, num_envs, config)
+    if settings.variant == "notebook":
+        return NotebookRND(spec)
+    networks = make_rnd_networks(spec)
+    return RND(*networks, spec, num_envs, gamma=settings.gamma, init_updates=settings.init_updates)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from gravitar_dqn import checkpoint
-from gravitar_dqn.config import UserError
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import evaluate
-from gravitar_dqn.processes import write_json
+from gravitar_dqn.files import write_json
 from gravitar_dqn.sweep_plan import LAST_PART
 from gravitar_dqn.trained import from_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,20 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from gravitar_dqn.config import UserError
-from gravitar_dqn.processes import (
-    command_again,
-    hang_up_stops,
-    how_to_train,
-    last_line,
-    package_command,
-    read_json,
-    read_rows,
-    start,
-    wall_seconds,
-)
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import last_line, read_json, read_rows, wall_seconds
+from gravitar_dqn.processes import command_again, hang_up_stops, how_to_train, package_command, start
 from gravitar_dqn.sweep_plan import Job, SweepConfig, claim
-from gravitar_dqn.tracking import CsvLog, tell, warn
+from gravitar_dqn.telemetry import CsvLog
+
+log = logging.getLogger(__name__)
 
 COLUMNS = (
     "preset variant seed global_step frames minutes sps train_mean mean std median iqm iqm_low iqm_high run_dir "
@@ -53,9 +47,12 @@ def bind(cores: Iterable[int]) -> None:
 
 def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[int]]) -> int:
     """Train and evaluate what is not in sweep.csv yet, and print a table of all. 1 when a run failed, else 0."""
-    from gravitar_dqn.training import Stop, lock
+    from gravitar_dqn.run_dir import holds_other, lock
+    from gravitar_dqn.training import Stop
 
     check_here(jobs)
+    if holds_other(options.folder, "sweep.json"):
+        raise UserError(f"{options.folder} exists and is not a sweep's folder: another --dir starts anew")
     with lock(options.folder):
         claim(options)
         sweep = Sweep(options, jobs)
@@ -68,22 +65,21 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
             raise sweep.error
         print(table(read_rows(sweep.path), jobs))
         if sweep.stopped:
-            tell(f"stopped; the same command goes on: {command_again()}")
+            log.info(f"stopped; the same command goes on: {command_again()}")
         elif sweep.left:
-            tell(f"{sweep.left} runs were not started, they would not end in time; again: {command_again()}")
+            log.info(f"{sweep.left} runs were not started, they would not end in time; again: {command_again()}")
         return 0 if sweep.stopped else int(sweep.failures > 0)
 
 
 def check_here(jobs: Sequence[Job]) -> None:
     """Raise UserError for a game or a device that is not on this machine."""
     from gravitar_dqn.envs import find_game
-    from gravitar_dqn.execution import choose_device
-    from gravitar_dqn.training import check_execution
+    from gravitar_dqn.execution import check_execution, choose_device
 
     for job in {job.key[:2]: job for job in jobs}.values():
         try:
             find_game(job.config.env)
-            check_execution(job.config, choose_device(job.config.device))
+            check_execution(job.config.execution, choose_device(job.config.device))
         except UserError as error:
             raise UserError(f"{job.preset} {job.variant}: {error}") from None
 
@@ -121,7 +117,7 @@ class Sweep:
             while any(thread.is_alive() for thread in threads):
                 if (stop.requested or self.error is not None) and not self.stopped:
                     if stop.requested:
-                        tell("stopping: the runs save what they have")
+                        log.info("stopping: the runs save what they have")
                     self._interrupt(signal.SIGINT)
                 sleep(0.05)
         except KeyboardInterrupt:
@@ -191,10 +187,12 @@ class Sweep:
         print(f"{job.title}: mean score {row['mean']:.1f}, {steps} steps in {minutes:.1f} minutes", flush=True)
         return None
 
-    def _failed(self, job: Job, log: Path, reason: str = "") -> None:
+    def _failed(self, job: Job, log_path: Path, reason: str = "") -> None:
         """Tell of a run that failed, unless it was stopped with the sweep."""
         if not self.stopped:
-            warn(f"{job.title} failed ({reason or last_line(log) or 'it printed nothing'}); more in {log}")
+            log.warning(
+                f"{job.title} failed ({reason or last_line(log_path) or 'it printed nothing'}); more in {log_path}"
+            )
             with self._lock:
                 self.failures += 1
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from gravitar_dqn.config import RunConfig, UserError, check_bounds, flatten, get_preset, to_dict, validate
-from gravitar_dqn.processes import read_json, write_json
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import read_json, write_json
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.serialization import check_bounds, flatten, to_dict, validate
 
 BASE = "base"
 LAST_PART = 1 / 6  # of the training time, where snapshots are taken
@@ -221,7 +224,5 @@ def claim(options: SweepConfig) -> None:
                 f"{options.folder} holds a sweep with other settings, another --dir starts anew: {'; '.join(told)}"
             )
         return
-    if options.folder.exists() and any(name.name != "lock" for name in options.folder.iterdir()):
-        raise UserError(f"{options.folder} exists and is not a sweep's folder: another --dir starts anew")
     options.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, fixed)

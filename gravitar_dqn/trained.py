@@ -20,7 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gravitar_dqn import checkpoint
-from gravitar_dqn.config import PRETRAINED, RunConfig, UserError, from_dict, get_preset, load_run, to_dict
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import written_whole
+from gravitar_dqn.presets import PRETRAINED, from_dict, get_preset
+from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.serialization import to_dict
 
 KEY = "trained"  # one entry of the file's header holds all, since the order of several is left to chance
 
@@ -33,14 +38,18 @@ class Trained:
     config: RunConfig  # of the run that trained it
     weights: dict[str, Tensor]  # of the network that acts
     global_step: int  # agent steps it was trained for
-    state: dict[str, Any] | None  # all of the agent in its checkpoint; None for shipped weights
+    state: (
+        dict[str, Any] | None
+    )  # all of the agent in its checkpoint; None for shipped weights and for older checkpoints
 
 
 def from_run(run_dir: Path, path: Path | None = None) -> Trained:
     """A run's newest checkpoint, or the one in file `path`; UserError when there is none."""
     config = load_run(run_dir)
-    state = (checkpoint.load(run_dir) if path is None else checkpoint.read(path))["agent"]
-    return Trained(run_dir.resolve().name, config, state["policy"], state["clocks"]["global_step"], state)
+    saved = checkpoint.load(run_dir) if path is None else checkpoint.read(path)
+    state = saved["agent"]
+    whole = state if saved["format"] == checkpoint.FORMAT else None  # an older one's curiosity has other layers
+    return Trained(run_dir.resolve().name, config, state["policy"], state["clocks"]["global_step"], whole)
 
 
 def names() -> list[str]:
@@ -67,7 +76,7 @@ def read(path: Path) -> Trained:
         preset = to_dict(get_preset(saved["preset"]))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not hold a trained agent: {str(error).splitlines()[0]}") from None
-    # Settings that are newer than the file are as in today's preset, but for what the network is: load_policy tells.
+    # Settings that are newer than the file are as in today's preset; whether the network fits, load_policy sees.
     config = from_dict(_over(preset, saved))
     return Trained(path.stem, config, weights, global_step, None)
 
@@ -81,14 +90,13 @@ def _over(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, An
 
 
 def write(trained: Trained, path: Path) -> None:
-    """The weights in float16 and what they are, as one file; the same agent gives the same bytes."""
+    """The weights in float16 and what they are, as one file; the same agent makes the same bytes."""
     weights = {name: value.to(torch.float16).contiguous() for name, value in trained.weights.items()}
     header = {"run": trained.name, "global_step": trained.global_step, "config": to_dict(trained.config)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_file(weights, unfinished, metadata={KEY: json.dumps(header)})
-    unfinished.chmod(0o644)  # safetensors makes it for its owner alone
-    unfinished.replace(path)
+    with written_whole(path) as temporary:
+        save_file(weights, temporary, metadata={KEY: json.dumps(header)})
+        temporary.chmod(0o644)  # safetensors makes it for its owner alone
 
 
 def main(argv: list[str]) -> int:

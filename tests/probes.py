@@ -11,10 +11,17 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from gravitar_dqn import envs as games
-from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import Config
-from gravitar_dqn.training import play
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.config import DQNRunConfig
+from gravitar_dqn.envs import EnvSpec, make_envs, spec_of
+from gravitar_dqn.loop import play
+
+
+def spec_of_shape(obs_shape: tuple[int, ...], num_actions: int = 18) -> EnvSpec:
+    """Of environments with pictures (4, 84, 84), RAM (2, 128) or vectors (n,)."""
+    if len(obs_shape) == 1:
+        return EnvSpec(obs_shape, torch.float32, num_actions)
+    return EnvSpec(obs_shape[1:], torch.uint8, num_actions, frames_per_step=4)
 
 
 class Probe(gym.Env[np.ndarray, int]):
@@ -126,10 +133,10 @@ def vector_of(env: type[gym.Env], num_envs: int) -> SyncVectorEnv:
     return SyncVectorEnv([env] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
-def check_overlap(config: Config, device: str, steps: int) -> DQNAgent:
+def check_overlap(config: DQNRunConfig, device: str, steps: int) -> DQNAgent:
     """Learn while the emulator plays; assert that exactly the frames it showed are stored, and return the agent."""
-    envs = games.make_envs(config.env)
-    agent = DQNAgent(config, games.spec_of(envs), torch.device(device))
+    envs = make_envs(config.env)
+    agent = DQNAgent(config, spec_of(envs), torch.device(device))
     shown, recv = [], envs.recv
 
     def watched() -> Any:

@@ -41,7 +41,9 @@ def script(name: str, *words: object, env: dict[str, str] | None = None) -> subp
 def rows(path: Path) -> list[dict[str, float]]:
     """A CSV file's rows, all numbers."""
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file, strict=True)]
+        return [
+            {name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file, strict=True)
+        ]
 
 
 def check_episodes(run_dir: Path, sessions: list[int]) -> list[dict[str, float]]:

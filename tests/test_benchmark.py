@@ -7,11 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from probes import spec_of_shape
 
-from gravitar_dqn import benchmark, cli, peers
-from gravitar_dqn.benchmark import Row, alternate, rows_of, spread, table
-from gravitar_dqn.config import NO_TASKS, BenchConfig, UserError
+from gravitar_dqn import cli
+from gravitar_dqn.benchmark import suite
+from gravitar_dqn.benchmark.contenders import (
+    BATCH,
+    NOTEBOOK_STEPS,
+    NOTEBOOK_UPDATES,
+    STEPS,
+    UPDATES,
+    Ours,
+    actor_critic_config,
+    our_config,
+)
+from gravitar_dqn.benchmark.measure import Row, alternate, rows_of, spread, table
+from gravitar_dqn.benchmark.notebook import DuelingHead, Notebook
+from gravitar_dqn.benchmark.options import BenchConfig
+from gravitar_dqn.benchmark.stable_baselines import StableBaselines, StablePPO
+from gravitar_dqn.benchmark.worker import Contender, workers
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import make_q_network
+from gravitar_dqn.presets import NO_TASKS
+from gravitar_dqn.replay import ReplayBuffer
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -52,18 +71,18 @@ def test_table_names_sections_units_and_ratios() -> None:
 
 
 def test_everyone_learns_1_4_samples_a_step() -> None:
-    assert peers.BATCH * peers.UPDATES / peers.STEPS == 1.4
-    assert pytest.approx(1.4, rel=1e-3) == peers.BATCH * peers.NOTEBOOK_UPDATES / peers.NOTEBOOK_STEPS
-    ours = peers.Ours(peers.our_config("cpu", 16))
+    assert BATCH * UPDATES / STEPS == 1.4
+    assert pytest.approx(1.4, rel=1e-3) == BATCH * NOTEBOOK_UPDATES / NOTEBOOK_STEPS
+    ours = Ours(our_config("cpu", 16))
     before, steps = ours.agent.num_updates, 0
     for _ in range(3):
         steps += ours.play()
-    learned = peers.BATCH * (ours.agent.num_updates - before)
+    learned = BATCH * (ours.agent.num_updates - before)
     assert learned / steps == pytest.approx(1.4, rel=0.05)
 
 
 def test_the_notebooks_way_plays_and_learns() -> None:
-    notebook = peers.Notebook("cpu")
+    notebook = Notebook("cpu")
     weights = [parameter.clone() for parameter in notebook._q.parameters()]
     predictor = [parameter.clone() for parameter in notebook._predictor.parameters()]
     for _ in range(20):
@@ -78,35 +97,35 @@ def test_the_notebooks_way_plays_and_learns() -> None:
 
 def test_stable_baselines_learns_on_the_notebooks_network() -> None:
     pytest.importorskip("stable_baselines3")
-    peer = peers.StableBaselines("cpu")
+    peer = StableBaselines("cpu")
     updates = peer._model._n_updates
-    assert peer.play() == peers.STEPS
-    assert peer._model._n_updates - updates == peers.UPDATES
-    assert isinstance(peer._model.q_net.q_net, peers.DuelingHead)
+    assert peer.play() == STEPS
+    assert peer._model._n_updates - updates == UPDATES
+    assert isinstance(peer._model.q_net.q_net, DuelingHead)
 
 
 def test_stable_baselines_ppo_learns_from_rollouts_of_our_size() -> None:
     pytest.importorskip("stable_baselines3")
-    config = peers.actor_critic_config("cpu")
+    config = actor_critic_config("cpu")
     config = replace(config, env=replace(config.env, num_envs=2), agent=replace(config.agent, num_steps=8))
-    peer = peers.StablePPO(config)
+    peer = StablePPO(config)
     assert peer.play() == 16
     assert (peer._model.batch_size, peer._model._n_updates) == (4, 4)
 
 
 def test_our_actor_critics_take_turns_of_a_rollout() -> None:
-    config = peers.actor_critic_config("cpu")
+    config = actor_critic_config("cpu")
     tasks = replace(config.tasks, replay_length=100, num_windows=2)
     agent = replace(config.agent, num_steps=8, update_epochs=1)
-    ours = peers.Ours(replace(config, env=replace(config.env, num_envs=2), agent=agent, tasks=tasks))
+    ours = Ours(replace(config, env=replace(config.env, num_envs=2), agent=agent, tasks=tasks))
     before = ours.agent.num_updates
     assert ours.play() == 16 and ours.agent.num_updates == before + 4
-    plain = peers.actor_critic_config("cpu", curious=False, tasks=False)
+    plain = actor_critic_config("cpu", curious=False, tasks=False)
     assert plain.rnd.coef == 0 and plain.tasks == NO_TASKS and plain.agent == config.agent
 
 
 def test_contenders_have_the_networks_and_curiosity_that_their_rows_name() -> None:
-    plain = peers.our_config("cpu", 16, plain=True)
+    plain = our_config("cpu", 16, plain=True)
     assert (plain.agent.network, plain.agent.policy, plain.agent.tau, plain.agent.n_step) == (
         "notebook",
         "online",
@@ -114,9 +133,10 @@ def test_contenders_have_the_networks_and_curiosity_that_their_rows_name() -> No
         1,
     )
     assert plain.rnd.coef > 0 and not plain.agent.double_q
-    ours = peers.our_config("cpu", 16)
+    ours = our_config("cpu", 16)
     assert ours.rnd.coef > 0 and replace(ours.agent, gradient_steps=1) != replace(plain.agent, gradient_steps=1)
-    sizes = [sum(p.numel() for p in make_q_network((4, 84, 84), 18, c.agent).parameters()) for c in (plain, ours)]
+    spec = spec_of_shape((4, 84, 84))
+    sizes = [sum(p.numel() for p in make_q_network(spec, c.agent).parameters()) for c in (plain, ours)]
     assert sizes == [3_562_675, 1_694_899]
 
 
@@ -128,26 +148,26 @@ class Counts:
         return 10
 
 
-def fails() -> peers.Contender:
+def fails() -> Contender:
     raise ValueError("no such game")
 
 
 def test_a_worker_plays_when_it_is_its_turn() -> None:
-    with peers.workers({"counts": (Counts,)}) as (worker,):
+    with workers({"counts": (Counts,)}) as (worker,):
         turn = worker.turn(0.05)
     assert turn.steps % 10 == 0 and 0 < turn.steps <= 60 and turn.seconds >= 0.05
     assert turn.speed == turn.steps / turn.seconds
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:
-    with pytest.raises(UserError, match="broken: ValueError: no such game"), peers.workers({"broken": (fails,)}):
+    with pytest.raises(UserError, match="broken: ValueError: no such game"), workers({"broken": (fails,)}):
         pass
 
 
 def test_noise_fills_a_buffer_with_whole_games() -> None:
-    buffer = benchmark.ReplayBuffer(500, 8, (84, 84), n_step=3)
-    benchmark.fill(buffer, 700, buffer.put, buffer.begin)
-    assert buffer.full and (buffer.weights > 0).sum() > 300
+    buffer = ReplayBuffer(500, 8, (84, 84), n_step=3)
+    suite.fill(buffer, 700, buffer.put, buffer.begin)
+    assert buffer.full and (buffer.sampling_weights > 0).sum() > 300
     buffer.check_valid()
 
 
@@ -171,16 +191,16 @@ def test_bad_arguments_get_one_line(words: list[str], told: str, capsys: pytest.
 
 
 def test_without_stable_baselines_its_row_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also: what the sections make of the speeds."""
     speeds = {"the notebook's way": 2.0, "our parts: the emulator": 60.0, "our parts: the networks": 30.0}
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(
-        benchmark, "take_turns", lambda makers, settings: {name: [speeds.get(name, 10.0)] for name in makers}
+        suite, "take_turns", lambda makers, settings: {name: [speeds.get(name, 10.0)] for name in makers}
     )
-    rows = benchmark.training_rows(BenchConfig(device="cpu"))
-    assert "Stable-Baselines3 is not installed and left out; .venv/bin/pip install" in capsys.readouterr().err
+    rows = suite.training_rows(BenchConfig(device="cpu"))
+    assert "Stable-Baselines3 is not installed and left out; .venv/bin/pip install" in caplog.text
     assert not any("Stable" in row.name + row.section for row in rows)
     by_name = {(row.section, row.name): row for row in rows}
     assert by_name["training", "ours, the notebook's targets"].ratios == [5.0]
@@ -191,9 +211,9 @@ def test_without_stable_baselines_its_row_is_left_out(
 
 def test_actor_critics_are_measured_against_plain_ppo_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"ours, PPO without curiosity": 40.0, "ours, PPO with curiosity": 20.0, "ours, randal": 10.0}
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(benchmark, "take_turns", lambda makers, settings: {name: [speeds[name]] for name in makers})
-    rows = benchmark.actor_critic_rows(BenchConfig(device="cpu"))
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(suite, "take_turns", lambda makers, settings: {name: [speeds[name]] for name in makers})
+    rows = suite.actor_critic_rows(BenchConfig(device="cpu"))
     assert {row.name: row.ratios for row in rows} == {
         "ours, PPO without curiosity": [],
         "ours, PPO with curiosity": [0.5],
@@ -203,30 +223,30 @@ def test_actor_critics_are_measured_against_plain_ppo_without_the_library(monkey
 
 def test_the_networks_and_the_replay_buffer_are_measured() -> None:
     settings = BenchConfig(device="cpu", num_envs=4, rounds=1, sizes=(1_000,))
-    device = benchmark.torch.device("cpu")
-    networks = benchmark.network_rows(settings, device)
+    device = torch.device("cpu")
+    networks = suite.network_rows(settings, device)
     assert [row.name for row in networks] == ["fp32, eager", "as it runs"] * 4
-    replay = benchmark.replay_rows(settings, device)
+    replay = suite.replay_rows(settings, device)
     assert len(replay) == 5 and all(row.values[0] > 0 for row in networks + replay)
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_starts() -> None:
-    assert peers.our_config("cpu", 8_192).agent.buffer_size > 3 * 8_192
+    assert our_config("cpu", 8_192).agent.buffer_size > 3 * 8_192
 
 
 def test_curiosity_is_measured_though_the_preset_has_none() -> None:
-    assert peers.our_config("cpu", 16).rnd.coef > 0
-    assert peers.our_config("cpu", 16, curious=False).rnd.coef == 0
+    assert our_config("cpu", 16).rnd.coef > 0
+    assert our_config("cpu", 16, curious=False).rnd.coef == 0
 
 
 def test_the_record_and_the_table_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     networks = rows_of("update", "ms", {"fp32": [4.0], "fast": [2.0]}, "fp32")
-    monkeypatch.setattr(benchmark, "network_rows", lambda *_: networks)
-    monkeypatch.setattr(benchmark, "training_rows", lambda *_: [Row("training", "ours", "steps/s", [7.0])])
-    monkeypatch.setattr(benchmark, "replay_rows", lambda *_: [])
-    record = benchmark.run(BenchConfig(device="cpu", peers=False, quick=True, json=tmp_path / "bench.json"))
+    monkeypatch.setattr(suite, "network_rows", lambda *_: networks)
+    monkeypatch.setattr(suite, "training_rows", lambda *_: [Row("training", "ours", "steps/s", [7.0])])
+    monkeypatch.setattr(suite, "replay_rows", lambda *_: [])
+    record = suite.run(BenchConfig(device="cpu", peers=False, quick=True, json=tmp_path / "bench.json"))
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"] == json.loads(json.dumps(record["rows"]))
     assert [row["median"] for row in written["rows"]] == [7.0, 4.0, 2.0]
@@ -237,6 +257,6 @@ def test_the_record_and_the_table_agree(
 @pytest.mark.slow
 def test_the_parts_and_whole_training_are_measured() -> None:
     settings = BenchConfig(device="cpu", num_envs=16, rounds=1, seconds=0.5, peers=False, sizes=(1_000,))
-    sections = {row["section"] for row in benchmark.run(settings)["rows"]}
+    sections = {row["section"] for row in suite.run(settings)["rows"]}
     assert {"training", "training against the emulator", "acting", "replay"} <= sections
     assert {"update of the Q network", "update of the predictor", "curiosity of a step"} <= sections

@@ -16,8 +16,8 @@ from run_helpers import ROOT, refusal, rows, script
 
 from gravitar_dqn import campaign, campaign_plan, checkpoint, cli, execution, snapshots, trained
 from gravitar_dqn.campaign_plan import STAGES, CampaignConfig, Stage
-from gravitar_dqn.config import UserError
-from gravitar_dqn.training import lock
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.run_dir import lock
 
 ALL_DONE = dict.fromkeys(STAGES, "done")
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gravitar_dqn import checkpoint
-from gravitar_dqn.config import UserError
+from gravitar_dqn.errors import UserError
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def test_checkpoints_of_an_abandoned_future_do_not_crowd_out_the_newest(tmp_path
 
 
 def half_written(error: Exception) -> Any:
-    def fail(saved: Any, file: Any) -> None:
-        file.write(b"PK\x03\x04 half a checkpoint")
+    def fail(saved: Any, path: Path) -> None:
+        path.write_bytes(b"PK\x03\x04 half a checkpoint")
         raise error
 
     return fail
@@ -218,12 +218,21 @@ def test_any_other_file_is_refused(tmp_path: Path, data: bytes) -> None:
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize("other", [{"format": 3}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+@pytest.mark.parametrize("other", [{"format": 1}, {"format": 4}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
 def test_a_torch_file_of_another_program_is_refused(tmp_path: Path, other: object) -> None:
     path = tmp_path / "other.pt"
     torch.save(other, path)
     with pytest.raises(UserError, match="is not a checkpoint of this program"):
         checkpoint.read(path)
+
+
+def test_a_checkpoint_of_the_format_before_can_be_played_but_not_trained_on(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(7.0), 1)
+    assert checkpoint.load(tmp_path, resume=True)["format"] == checkpoint.FORMAT == 3
+    torch.save({"format": 2, **state(7.0)}, path)
+    assert checkpoint.load(tmp_path)["agent"]["clocks"][0] == 7
+    with pytest.raises(UserError, match=r"was written by version 0\.1\.0 and cannot go on with"):
+        checkpoint.load(tmp_path, resume=True)
 
 
 class Trap:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from run_helpers import CARTPOLE, QUIET, ROOT, SMALL, refusal, rows, train
 
-from gravitar_dqn import checkpoint, cli, replay, training
-from gravitar_dqn.config import load_run
+from gravitar_dqn import checkpoint, cli, memory, training
+from gravitar_dqn.run_dir import load_run
 
 ONLY_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -101,7 +101,7 @@ def test_a_device_that_is_not_here_is_told(device: str, tmp_path: Path, capsys: 
 def test_the_buffer_that_would_fit_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "available_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000_000)
     words = ["cartpole", *QUIET, "--total-steps", 60, "--run-dir", "run", "--agent.buffer-size"]
     said = refusal(capsys, train(*words, 1_000_000))
     # 16 bytes of observation and 17 with it; a tenth of the memory stays free: 9 000 000 / 33 = 272 727
@@ -306,13 +306,16 @@ def test_a_resume_may_change_free_settings(run_dir: Path) -> None:
 def test_a_full_disk_at_the_start_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **facts: object) -> None:
         raise OSError(28, "No space left on device")
 
+    before = training.write_config
     monkeypatch.setattr(training, "write_config", full)
     said = refusal(capsys, train(*CARTPOLE, "--run-dir", "run"))
     assert said == "the run's folder run cannot be written: No space left on device"
-    assert contents(tmp_path) == {}
+    assert list(contents(tmp_path)) == ["run/lock"]
+    monkeypatch.setattr(training, "write_config", before)
+    assert train(*CARTPOLE, "--total-steps", 20, "--run-dir", "run") == 0, "a lock alone is no run"
 
 
 def test_a_table_that_cannot_be_written_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +334,7 @@ def test_a_full_disk_at_a_checkpoint_is_a_warning(
         if state["agent"]["clocks"]["global_step"] in (0, 60):  # there is room again at the end
             save(state, file)
         else:
-            failures.append(file.write(b"half"))
+            failures.append(file.write_bytes(b"half"))
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -437,5 +440,5 @@ def test_profile_prints_at_the_end_where_the_time_went(capsys: pytest.CaptureFix
     assert train(*CARTPOLE, "--total-steps", 200, "--run-dir", "run", "--profile") == 0
     told = capsys.readouterr().err
     table = told[told.index("where the time went, 200 steps:") :].splitlines()
-    assert sorted(line.split()[0] for line in table[1:6]) == ["act", "emulate", "learn", "store", "tell"]
+    assert sorted(line.split()[0] for line in table[1:6]) == ["act", "emulate", "learn", "report", "store"]
     assert told.splitlines()[-1].startswith("done: 200 steps")

@@ -10,19 +10,26 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probes import spec_of_shape
 from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, pretend_prepared, wait_until, write_run
 
-from gravitar_dqn import RANDAL, charts, dashboard
-from gravitar_dqn.charts import Board, Reduce, Trace
-from gravitar_dqn.config import PRESETS, to_dict
-from gravitar_dqn.dashboard import CsvTail, Dashboard, environment_name
-from gravitar_dqn.visdom_files import DashboardError
+from gravitar_dqn.agents import entry_of
+from gravitar_dqn.charts import Reduce
+from gravitar_dqn.dashboard import thread
+from gravitar_dqn.dashboard.board import Board, Trace, settings_pane
+from gravitar_dqn.dashboard.thread import CsvTail, Dashboard, environment_name, pause
+from gravitar_dqn.dashboard.visdom_files import DashboardError
+from gravitar_dqn.logs import show_log
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.serialization import to_dict
 
 REDUCE: dict[str, Callable[[list[float]], float]] = {"mean": lambda ys: math.fsum(ys) / len(ys), "max": max, "min": min}
 
@@ -132,7 +139,7 @@ def test_tail_notices_a_file_that_is_not_the_same(tmp_path: Path, how: str) -> N
 
 
 def test_tail_reads_a_long_history_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "CHUNK", 100)
+    monkeypatch.setattr(thread, "CHUNK", 100)
     path = tmp_path / "metrics.csv"
     path.write_text("a\n" + "".join(f"{i}\n" for i in range(1000)))
     tail, portions = CsvTail(path), []
@@ -145,6 +152,10 @@ def test_tail_reads_a_long_history_in_portions(tmp_path: Path, monkeypatch: pyte
 # What is shown.
 
 
+def board_of(preset: str, frames_per_step: int = 4) -> Board:
+    return Board({"preset": preset, "config": to_dict(PRESETS[preset]), "frames_per_step": frames_per_step})
+
+
 def lines_of(board: Board, window: str) -> dict[str, tuple[list[float], list[float]]]:
     pane = next(board.pane(chart) for chart in board.charts if chart.key == window)
     return {trace["name"]: (trace["x"], trace["y"]) for trace in pane["data"]}
@@ -152,7 +163,7 @@ def lines_of(board: Board, window: str) -> dict[str, tuple[list[float], list[flo
 
 def test_frames_and_percent_for_atari_and_steps_for_others() -> None:
     row = {"global_step": 1000.0, "sps": 600.0, "buffer_fill": 0.25, "samples_per_second": 50.0}
-    atari, other = (Board({"preset": "x", "config": {"env": {"id": name}}}) for name in ("ALE/Pong-v5", "CartPole-v1"))
+    atari, other = board_of("breakout", 4), board_of("cartpole", 1)
     for board in (atari, other):
         board.add("metrics", row)
         assert lines_of(board, "buffer")["fill"][1] == [25]
@@ -163,7 +174,7 @@ def test_frames_and_percent_for_atari_and_steps_for_others() -> None:
 
 
 def test_notebook_marks_average_max_and_min_every_hundred_episodes() -> None:
-    board = Board({"preset": "notebook"})
+    board = board_of("notebook")
     for score in range(201):
         board.add("episodes", {"episodic_return": float(score)})
     board.add("metrics", {"global_step": 9e9, "episodes": 200, "rnd_loss": 0.5})
@@ -186,21 +197,29 @@ def test_notebook_marks_average_max_and_min_every_hundred_episodes() -> None:
 
 @pytest.mark.parametrize("preset", ["randal", "ppo-rnd", "randal-cartpole"])
 def test_randal_has_windows_of_its_own(preset: str) -> None:
-    board = Board({"preset": preset, "config": to_dict(PRESETS[preset])})
+    board, config = board_of(preset), PRESETS[preset]
     columns = {line.column for chart in board.charts for line in chart.lines if line.source == "metrics"}
-    assert set(RANDAL.metric_names) - columns == {"learning_rate"} and not columns & {"td_loss", "q_mean", "epsilon"}
+    small = replace(config, env=replace(config.env, num_envs=2), tasks=replace(config.tasks, replay_length=100))
+    spec = spec_of_shape((4,) if preset == "randal-cartpole" else (4, 84, 84))
+    agent = entry_of(small).make(small, spec, torch.device("cpu"))
+    assert set(agent.metric_names) - columns == {"learning_rate"} and not columns & {"td_loss", "q_mean", "epsilon"}
     board.add("metrics", {"global_step": 10, "approx_kl": 0.01, "clip_fraction": 0.2, "policy_loss": -0.5})
     assert lines_of(board, "change")["clipped share"][1] == [0.2]
     assert lines_of(board, "policy_loss")["loss"][1] == [-0.5]
 
 
 def test_panes_are_strict_json_whatever_the_cells_hold() -> None:
-    board = Board({})
+    board = board_of("gravitar")
     board.add("metrics", {"global_step": 1, "td_loss": math.inf, "rnd_loss": math.nan, "q_mean": -math.inf})
     board.add("metrics", {"global_step": math.nan, "td_loss": 1.0})
     for chart in board.charts:
         json.dumps(board.pane(chart), allow_nan=False)
     assert lines_of(board, "loss") == {"TD": ([], []), "RND predictor": ([], [])}
+
+
+@pytest.mark.parametrize("record", [{}, {"config": {}}, {"config": {"preset": "randal", "of": "another version"}}])
+def test_a_run_whose_settings_cannot_be_read_has_the_windows_that_all_have(record: dict[str, Any]) -> None:
+    assert [chart.key for chart in Board(record).charts] == ["score", "speed", "buffer"]
 
 
 def test_settings_are_escaped_and_tell_runs_apart_first() -> None:
@@ -210,7 +229,7 @@ def test_settings_are_escaped_and_tell_runs_apart_first() -> None:
         "device": "cpu",
         "preset": "p",
     }
-    content = charts.settings_pane(settings)["data"][0]["content"]
+    content = settings_pane(settings)["data"][0]["content"]
     assert "<script>" not in content
     assert "&lt;script&gt;" in content
     places = [content.index(f">{name}<") for name in ("preset", "seed", "device", "commit", "a.b")]
@@ -258,7 +277,7 @@ def test_history_comes_back_after_the_server_was_killed(
 def test_a_stopped_server_holds_nobody_and_drawing_goes_on_after_it(
     tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(thread, "READ_TIMEOUT", 0.5)
     run = write_run(tmp_path / "run", 10)
     board, other = begin(boards, run, server.url), begin(boards, run, server.url)
     wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 10)
@@ -301,8 +320,9 @@ def test_a_resume_that_cuts_the_files_is_drawn_anew(tmp_path: Path, server: Serv
 
 def test_files_may_appear_late_and_lines_in_halves(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
     board = begin(boards, tmp_path / "run", server.url, video_dir=tmp_path / "videos")
+    wait_until(lambda: list(server.windows(board.environment)) == ["score", "speed", "buffer", "video", "settings"])
+    run = write_run(tmp_path / "run", 5)  # it tells which windows there are, and their order is their place
     wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
-    run = write_run(tmp_path / "run", 5)
     with (run / "metrics.csv").open("a") as file:
         file.write(metrics_row(5)[:30])
         file.flush()
@@ -332,7 +352,7 @@ def test_runs_side_by_side_and_other_peoples_windows(tmp_path: Path, server: Ser
 def test_the_newest_video_of_bearable_size_is_shown(
     tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dashboard, "LARGEST_VIDEO", 10)
+    monkeypatch.setattr(thread, "LARGEST_VIDEO", 10)
     videos = tmp_path / "videos"
     board = begin(boards, write_run(tmp_path / "run", 5), server.url, video_dir=videos)
     wait_until(lambda: "no game has been" in str(server.windows(board.environment).get("video")))
@@ -358,6 +378,7 @@ def test_the_newest_video_of_bearable_size_is_shown(
 def test_no_server_costs_nothing_and_is_said_once(
     tmp_path: Path, boards: list[Dashboard], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    show_log()
     board = Dashboard(write_run(tmp_path / "run", 5), "http://127.0.0.1:9", period=0.01)
     boards.append(board)
     board.start()
@@ -372,8 +393,8 @@ def test_no_server_costs_nothing_and_is_said_once(
 
 
 def test_pauses_grow_with_trouble_and_end_soon_after_it() -> None:
-    assert [dashboard.pause(1, failures, 3) for failures in (1, 2, 3, 4, 5, 100_000)] == [1, 2, 4, 8, 10, 10]
-    assert [dashboard.pause(1, 0, took) for took in (0.01, 0.1, 5)] == [1, 2, 10]
+    assert [pause(1, failures, 3) for failures in (1, 2, 3, 4, 5, 100_000)] == [1, 2, 4, 8, 10, 10]
+    assert [pause(1, 0, took) for took in (0.01, 0.1, 5)] == [1, 2, 10]
 
 
 def test_a_dashboard_that_never_started_can_be_closed(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from visdom_helpers import Server, append_metrics, pretend_prepared, wait_until, write_run
 
-from gravitar_dqn.dashboard import Dashboard
-from gravitar_dqn.visdom_files import prepared_files
+from gravitar_dqn.dashboard.thread import Dashboard
+from gravitar_dqn.dashboard.visdom_files import prepared_files
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,9 +10,11 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import PRESETS, EnvConfig, UserError
+from gravitar_dqn.config import EnvSettings
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import PRESETS
 
-PLAIN = EnvConfig(num_envs=1, sticky_actions=0.0, noop_max=0)  # nothing left to chance
+PLAIN = EnvSettings(num_envs=1, sticky_actions=0.0, noop_max=0)  # nothing left to chance
 
 
 @dataclass
@@ -43,7 +45,7 @@ def play(env: Any, steps: int, *, seed: int = 0, action_seed: int = 9) -> Played
     return Played(np.stack(frames), *(np.stack(column) for column in zip(*told, strict=True)))
 
 
-def wrapped(config: EnvConfig) -> Any:
+def wrapped(config: EnvSettings) -> Any:
     """The game through Gymnasium's own wrappers, one environment after the other."""
     spec = games.find_game(config)
     make = [lambda: games._make_single(config, spec)] * config.num_envs
@@ -82,7 +84,7 @@ def test_recordings_of_other_games_run_at_real_speed() -> None:
     for game, (obs_type, expected) in kinds.items():
         pictures: list[npt.NDArray[np.uint8]] = []
         env, fps = games.make_recorded_env(
-            EnvConfig(id=game, obs_type=obs_type, noop_max=0),  # type: ignore[arg-type]
+            EnvSettings(id=game, obs_type=obs_type, noop_max=0),  # type: ignore[arg-type]
             lambda picture, pictures=pictures: pictures.append(picture),  # type: ignore[misc]
         )
         play(env, 5)
@@ -110,14 +112,14 @@ def test_fire_is_not_pressed_at_the_start() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        EnvConfig(num_envs=3, max_frames=80, noop_max=0),
-        EnvConfig(id="Gravitar-v0", num_envs=3, max_frames=60, noop_max=0),
-        EnvConfig(num_envs=3, max_frames=80, noop_max=0, obs_type="ram"),
-        EnvConfig(id="CartPole-v1", num_envs=3),
+        EnvSettings(num_envs=3, max_frames=80, noop_max=0),
+        EnvSettings(id="Gravitar-v0", num_envs=3, max_frames=60, noop_max=0),
+        EnvSettings(num_envs=3, max_frames=80, noop_max=0, obs_type="ram"),
+        EnvSettings(id="CartPole-v1", num_envs=3),
     ],
     ids=lambda config: f"{config.id} {config.obs_type}",
 )
-def test_the_step_after_a_games_end_resets_and_earns_nothing(config: EnvConfig) -> None:
+def test_the_step_after_a_games_end_resets_and_earns_nothing(config: EnvSettings) -> None:
     played = play(games.make_envs(config), 120)
     done = played.terminations | played.truncations
     assert (done.sum(axis=0) >= 2).all(), "every environment should end games"
@@ -140,14 +142,14 @@ def test_the_frame_limit_counts_emulator_frames_and_truncates(obs_type: str) -> 
 @pytest.mark.parametrize(
     "config",
     [
-        EnvConfig(num_envs=2),
-        EnvConfig(id="Gravitar-v0", num_envs=2),
-        EnvConfig(num_envs=2, obs_type="ram"),
-        EnvConfig(id="CartPole-v1", num_envs=2),
+        EnvSettings(num_envs=2),
+        EnvSettings(id="Gravitar-v0", num_envs=2),
+        EnvSettings(num_envs=2, obs_type="ram"),
+        EnvSettings(id="CartPole-v1", num_envs=2),
     ],
     ids=lambda config: f"{config.id} {config.obs_type}",
 )
-def test_seeds_reproduce_games_and_tell_them_apart(config: EnvConfig) -> None:
+def test_seeds_reproduce_games_and_tell_them_apart(config: EnvSettings) -> None:
     first, again, other = (play(games.make_envs(config), 80, seed=seed) for seed in (1, 1, 9))
     np.testing.assert_array_equal(first.obs, again.obs)
     np.testing.assert_array_equal(first.rewards, again.rewards)
@@ -156,7 +158,7 @@ def test_seeds_reproduce_games_and_tell_them_apart(config: EnvConfig) -> None:
 
 
 def test_threads_do_not_change_what_is_played() -> None:
-    one, three = (play(games.make_envs(EnvConfig(num_envs=3, num_threads=threads)), 60) for threads in (1, 3))
+    one, three = (play(games.make_envs(EnvSettings(num_envs=3, num_threads=threads)), 60) for threads in (1, 3))
     np.testing.assert_array_equal(one.obs, three.obs)
 
 
@@ -177,13 +179,13 @@ def test_sticky_actions_reach_the_emulator() -> None:
         (PRESETS["breakout"].env, ((84, 84), torch.uint8), 4),
         (PRESETS["gravitar-ram"].env, ((128,), torch.uint8), 18),
         (PRESETS["cartpole"].env, ((4,), torch.float32), 2),
-        (EnvConfig(id="ALE/MontezumaRevenge-v5"), ((84, 84), torch.uint8), 18),
-        (EnvConfig(id="Pong-v4"), ((84, 84), torch.uint8), 6),
-        (EnvConfig(id="Acrobot-v1"), ((6,), torch.float32), 3),
+        (EnvSettings(id="ALE/MontezumaRevenge-v5"), ((84, 84), torch.uint8), 18),
+        (EnvSettings(id="Pong-v4"), ((84, 84), torch.uint8), 6),
+        (EnvSettings(id="Acrobot-v1"), ((6,), torch.float32), 3),
     ],
-    ids=lambda value: value.id if isinstance(value, EnvConfig) else "",
+    ids=lambda value: value.id if isinstance(value, EnvSettings) else "",
 )
-def test_presets_and_any_other_game_by_its_id(config: EnvConfig, frame: object, actions: int) -> None:
+def test_presets_and_any_other_game_by_its_id(config: EnvSettings, frame: object, actions: int) -> None:
     env = games.make_envs(replace(config, num_envs=2))
     spec = games.spec_of(env)
     assert ((spec.frame_shape, spec.frame_dtype), spec.num_actions) == (frame, actions)
@@ -206,19 +208,19 @@ def test_presets_and_any_other_game_by_its_id(config: EnvConfig, frame: object, 
 )
 def test_games_the_agent_cannot_play_are_refused_by_name(game: str, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        games.make_envs(EnvConfig(id=game, num_envs=2))
+        games.make_envs(EnvSettings(id=game, num_envs=2))
 
 
 @pytest.mark.parametrize(
     ("config", "fps"),
     [
-        (EnvConfig(id="ALE/Gravitar-v5"), 60),
-        (EnvConfig(id="ALE/Gravitar-v5", obs_type="ram"), 15),
-        (EnvConfig(id="GravitarNoFrameskip-v4"), 60),
-        (EnvConfig(id="Gravitar-v0"), 20),  # skips 2, 3 or 4 frames
+        (EnvSettings(id="ALE/Gravitar-v5"), 60),
+        (EnvSettings(id="ALE/Gravitar-v5", obs_type="ram"), 15),
+        (EnvSettings(id="GravitarNoFrameskip-v4"), 60),
+        (EnvSettings(id="Gravitar-v0"), 20),  # skips 2, 3 or 4 frames
     ],
 )
-def test_films_play_at_real_speed(config: EnvConfig, fps: float) -> None:
+def test_films_play_at_real_speed(config: EnvSettings, fps: float) -> None:
     env, speed = games.make_recorded_env(config, lambda picture: None)
     env.close()
     assert speed == fps
@@ -238,7 +240,7 @@ def test_ram_on_threads_and_gymnasiums_own_agree() -> None:
 
 
 def test_ram_is_the_same_for_any_number_of_threads_and_other_for_another_seed() -> None:
-    config = EnvConfig(obs_type="ram", num_envs=5, num_threads=1)  # sticky actions and no-ops
+    config = EnvSettings(obs_type="ram", num_envs=5, num_threads=1)  # sticky actions and no-ops
     alone, threads = (play(games.make_envs(replace(config, num_threads=n)), 200, seed=3) for n in (1, 3))
     np.testing.assert_array_equal(alone.obs, threads.obs)
     np.testing.assert_array_equal(alone.rewards, threads.rewards)

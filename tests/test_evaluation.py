@@ -11,8 +11,8 @@ import torch
 from run_helpers import CARTPOLE, train
 
 from gravitar_dqn import cli
-from gravitar_dqn.config import PRESETS, UserError
 from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import (
     Policy,
     bootstrap_interval,
@@ -23,6 +23,7 @@ from gravitar_dqn.evaluation import (
     table,
 )
 from gravitar_dqn.networks import QNetwork
+from gravitar_dqn.presets import PRESETS
 
 FIELDS = "episodes epsilon sticky_actions frames_trained mean std median iqm iqm_ci95 human_normalized returns".split()
 
@@ -174,7 +175,7 @@ def test_evaluating_a_run_writes_eval_json_and_prints_a_table(
     result = results[0]
     assert result == results[1], "the same seed played other games"
     assert list(result) == FIELDS
-    assert (result["episodes"], result["epsilon"], result["frames_trained"]) == (5, 0.5, 400)
+    assert (result["episodes"], result["epsilon"], result["frames_trained"]) == (5, 0.5, 100)
     assert len(result["returns"]) == 5
     assert all(score >= 8 for score in result["returns"]), "a CartPole game lasts at least 8 steps"
     assert result["mean"] == pytest.approx(np.mean(result["returns"]))

@@ -6,28 +6,28 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import ppo_helpers
 import probes
 import pytest
-import randal_helpers
 import torch
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
+from gravitar_dqn.loop import play
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.training import play
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-CONFIG = Config(
-    env=EnvConfig(num_envs=4),
-    agent=DQNConfig(buffer_size=1_000, learning_starts=50, batch_size=32, train_frequency=4, n_step=3),
-    rnd=RNDConfig(coef=0.1, init_updates=5),
+CONFIG = DQNRunConfig(
+    env=EnvSettings(num_envs=4),
+    agent=DQNSettings(buffer_size=1_000, learning_starts=50, batch_size=32, train_frequency=4, n_step=3),
+    rnd=RNDSettings(coef=0.1, init_updates=5),
     precision="fp32",
 )
 
 
-def build(config: Config, device: str, probe: type = probes.Remember) -> tuple[Any, DQNAgent]:
+def build(config: DQNRunConfig, device: str, probe: type = probes.Remember) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
     return envs, DQNAgent(config, games.spec_of(envs), torch.device(device))
@@ -46,23 +46,23 @@ def test_it_plays_and_learns(precision: str, variant: str) -> None:
     agent.replay.check_valid()
 
 
-def test_act_curiosity_and_updates_are_captured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_act_curiosity_and_updates_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     envs, agent = build(CONFIG, "cuda")
     for _ in islice(play(envs, agent, 1), 60):
         pass
-    assert "no CUDA graph" not in capsys.readouterr().err
-    for function in (agent.choose, agent.wonder, agent.learn, agent.distill):
+    assert "no CUDA graph" not in caplog.text
+    for function in (agent.select_actions, agent.compute_int_rewards, agent.update_q_network, agent.update_predictor):
         assert function._graph is not None, function
     agent._epsilons.fill_(1.0)
     drawn = set()
     for _ in range(12):
-        agent.choose()
+        agent.select_actions()
         drawn.add(tuple(agent._actions.tolist()))
     assert len(drawn) > 4, "a captured policy that repeats its random numbers"
     before = agent.replay.int_rewards.clone(), [p.clone() for p in agent.q_network.parameters()]
     for _ in range(4):
-        agent.learn()
-        agent.distill()
+        agent.update_q_network()
+        agent.update_predictor()
     assert (before[0] != agent.replay.int_rewards).any()
     assert any((old != new).any() for old, new in zip(before[1], agent.q_network.parameters(), strict=True))
 
@@ -80,7 +80,7 @@ def test_graphs_learn_what_eager_learns(probe: type) -> None:
         for _ in range(10):
             twin.gradient_step()
         if execution == "graphs":
-            assert twin.learn._graph is not None
+            assert twin.update_q_network._graph is not None
         networks = (twin.q_network, twin.target_network)
         learned[execution] = [p.detach().clone() for network in networks for p in network.parameters()]
     for eager, graphs in zip(learned["eager"], learned["graphs"], strict=True):
@@ -88,7 +88,7 @@ def test_graphs_learn_what_eager_learns(probe: type) -> None:
 
 
 def test_what_the_emulator_shows_while_the_device_learns_is_what_is_stored() -> None:
-    assert probes.check_overlap(replace(CONFIG, env=EnvConfig(num_envs=8)), "cuda", 60).num_updates > 50
+    assert probes.check_overlap(replace(CONFIG, env=EnvSettings(num_envs=8)), "cuda", 60).num_updates > 50
 
 
 @pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
@@ -106,7 +106,7 @@ def test_checkpoints_travel_between_devices(here: str, there: str, tmp_path: Any
         pass
     assert other.num_updates > updates
     if there == "cuda":
-        assert other.learn._graph is not None, "the graphs were lost on the way"
+        assert other.update_q_network._graph is not None, "the graphs were lost on the way"
 
 
 def test_replay_holds_the_same_on_both_devices() -> None:
@@ -126,41 +126,41 @@ def test_replay_holds_the_same_on_both_devices() -> None:
             buffer.put(torch.as_tensor(actions).to(buffer.device), rewards, ends, no, obs, played)
         played = ~(ends & played)
     one, two = (buffer.state_dict() for buffer in buffers)
-    for name in ("frames", "actions", "rewards", "terminations", "playable", "ages", "weights"):
+    for name in ("frames", "actions", "rewards", "terminations", "valid", "ages", "sampling_weights"):
         assert torch.equal(one[name], two[name].cpu()), name
 
 
-# ---------------------------------------------------------------- RANDAL
+# ---------------------------------------------------------------- PPO
 
-RANDAL_TASKS = {"ppo-rnd": randal_helpers.PPO_RND, "randal": randal_helpers.PICTURE_TASKS}
+RANDAL_TASKS = {"ppo-rnd": ppo_helpers.PPO_RND, "randal": ppo_helpers.PICTURE_TASKS}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tasks", RANDAL_TASKS.values(), ids=RANDAL_TASKS)
-def test_randal_is_captured_and_learns(tasks: Any, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(randal_helpers.settings(tasks), device="cuda", precision=precision)
-    agent = randal_helpers.learn(config, probes.Remember, 5 + 16 * 6)
-    assert "no CUDA graph" not in capsys.readouterr().err
-    for function in (agent.choose, agent.finish, agent.learn, agent.look):
+def test_randal_is_captured_and_learns(tasks: Any, precision: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(ppo_helpers.settings(tasks), device="cuda", precision=precision)
+    agent = ppo_helpers.learn(config, probes.Remember, 5 + 16 * 6)
+    assert "no CUDA graph" not in caplog.text
+    for function in (agent.select_actions, agent.compute_advantages, agent.update_policy, agent.update_normalizers):
         assert function._graph is not None, function
     assert np.isfinite(agent.metrics()["policy_loss"])
     before = [p.clone() for p in agent.learners.parameters()]
-    agent.learn()
+    agent.update_policy()
     assert any((old != new).any() for old, new in zip(before, agent.learners.parameters(), strict=True))
     drawn = set()
     for _ in range(12):
-        agent.choose()
+        agent.select_actions()
         drawn.add(tuple(agent._actions.tolist()))
     assert len(drawn) > 4, "a captured policy that repeats its random numbers"
 
 
 def test_randals_learning_rate_reaches_the_graphs() -> None:
-    config = replace(randal_helpers.settings(learning_rate_decay=100_000, learning_rate_end=1e-5), device="cuda")
-    agent = randal_helpers.learn(config, probes.Remember, 5 + 16 * 3)
+    config = replace(ppo_helpers.settings(learning_rate_decay=100_000, learning_rate_end=1e-5), device="cuda")
+    agent = ppo_helpers.learn(config, probes.Remember, 5 + 16 * 3)
     agent.global_step = 100_000
     agent._set_learning_rate()
     assert agent.optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-5)
     before = [p.clone() for p in agent.policy.parameters()]
-    agent.learn()
+    agent.update_policy()
     moved = max((old - new).abs().max().item() for old, new in zip(before, agent.policy.parameters(), strict=True))
     assert 0 < moved < 1e-4, "steps of Adam are about as long as the learning rate"

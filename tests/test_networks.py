@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from probes import spec_of_shape
 from torch import nn
 
-from gravitar_dqn.config import DQNConfig
-from gravitar_dqn.networks import (
-    DuelingConvQNetwork,
-    DuelingQNetwork,
-    IntrinsicNetwork,
-    QNetwork,
-    RamEncoder,
-    make_q_network,
-    scale_pixels,
-)
+from gravitar_dqn.config import DQNSettings
+from gravitar_dqn.encoders import RamEncoder, scale_pixels
+from gravitar_dqn.networks import DuelingConvQNetwork, DuelingQNetwork, IntrinsicNetwork, QNetwork, make_q_network
 
 
 def layers_of(network: nn.Module) -> list[tuple[int, ...]]:
@@ -72,22 +66,34 @@ def test_bytes_are_scaled_and_floats_are_not() -> None:
 
 
 def test_the_network_fits_the_observation() -> None:
-    notebook = DQNConfig(network="notebook")
-    assert isinstance(make_q_network((4, 84, 84), 18, notebook), DuelingConvQNetwork)
-    assert isinstance(make_q_network((2, 128), 18, notebook), QNetwork)
+    notebook = DQNSettings(network="notebook")
+    assert isinstance(make_q_network(spec_of_shape((4, 84, 84), 18), notebook), DuelingConvQNetwork)
+    assert isinstance(make_q_network(spec_of_shape((2, 128), 18), notebook), QNetwork)
     for shape, dtype in (((4, 84, 84), torch.uint8), ((2, 128), torch.uint8), ((4,), torch.float32)):
         for network in ("layer_norm", "plain", "notebook"):
-            q_network = make_q_network(shape, 3, DQNConfig(network=network))
+            q_network = make_q_network(spec_of_shape(shape, 3), DQNSettings(network=network))
             assert q_network(torch.zeros(5, *shape, dtype=dtype)).shape == (5, 3)
             assert isinstance(q_network, DuelingQNetwork) == (network != "notebook")
             assert any(isinstance(m, nn.LayerNorm) for m in q_network.modules()) == (network == "layer_norm")
 
 
 def test_the_recipes_networks_are_as_described() -> None:
-    config = DQNConfig()
-    assert layers_of(make_q_network((4, 84, 84), 18, config)) == [*CONVOLUTIONS, (512, 3136), (1, 512), (18, 512)]
-    assert layers_of(make_q_network((2, 128), 18, config)) == [(512, 1280), (512, 512), (1, 512), (18, 512)]
-    q_values = make_q_network((2, 128), 18, config)(torch.randint(0, 256, (64, 2, 128), dtype=torch.uint8))
+    config = DQNSettings()
+    assert layers_of(make_q_network(spec_of_shape((4, 84, 84), 18), config)) == [
+        *CONVOLUTIONS,
+        (512, 3136),
+        (1, 512),
+        (18, 512),
+    ]
+    assert layers_of(make_q_network(spec_of_shape((2, 128), 18), config)) == [
+        (512, 1280),
+        (512, 512),
+        (1, 512),
+        (18, 512),
+    ]
+    q_values = make_q_network(spec_of_shape((2, 128), 18), config)(
+        torch.randint(0, 256, (64, 2, 128), dtype=torch.uint8)
+    )
     assert q_values.std(dim=1).max() < 0.1 < q_values.mean(dim=1).std(), "at first values differ, actions hardly"
 
 

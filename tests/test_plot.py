@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from run_helpers import CARTPOLE, refusal, train
 
 from gravitar_dqn import cli, plot
-from gravitar_dqn.config import get_preset, to_dict
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.serialization import to_dict
 
 PNG = b"\x89PNG"
 

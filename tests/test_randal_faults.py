@@ -1,4 +1,4 @@
-"""Each fault of the reference, its form failing the check that ours passes: see gravitar_dqn/randal/README.md."""
+"""Each fault of the reference, its form failing the check that ours passes: see gravitar_dqn/agents/README.md."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,23 +8,22 @@ import probes
 import pytest
 import torch
 import torch.nn.functional as F
-from randal_helpers import PICTURE_TASKS, VECTOR_TASKS, build, learn, ring_of, settings
+from ppo_helpers import PICTURE_TASKS, VECTOR_TASKS, build, learn, ring_of, settings, task_alone
 
-from gravitar_dqn import PredictorCNN, RewardForwardFilter, RunningMeanStd, cli, returns
-from gravitar_dqn.config import TasksConfig
-from gravitar_dqn.randal.curiosity import Curiosity
-from gravitar_dqn.randal.networks import MLP, PPOIntrinsic
-from gravitar_dqn.randal.tasks import AuxiliaryTasks
-from gravitar_dqn.training import play
+from gravitar_dqn import cli, functional
+from gravitar_dqn.encoders import MLP
+from gravitar_dqn.loop import play
+from gravitar_dqn.networks import ActorCritic
+from gravitar_dqn.rnd import RND, RewardForwardFilter, RunningMeanStd, make_rnd_networks
 
 
 def test_the_intrinsic_value_has_a_head_of_its_own() -> None:
-    network = PPOIntrinsic(MLP, (3,), 2)
+    network = ActorCritic(MLP, (3,), 2)
     for head, other in ((network.value_int, network.value_ext), (network.value_ext, network.value_int)):
         _, value_ext, value_int = network(torch.randn(4, 3))
         value = value_int if head is network.value_int else value_ext
         network.zero_grad()
-        returns.value_loss(value, torch.ones(4), torch.ones(4)).backward()
+        functional.value_loss(value, torch.ones(4), torch.ones(4)).backward()
         assert head[0].weight.grad is not None and head[0].weight.grad.abs().sum() > 0
         assert other[0].weight.grad is None, "the fault: one head learns both returns"
 
@@ -32,74 +31,77 @@ def test_the_intrinsic_value_has_a_head_of_its_own() -> None:
 def test_coefficients_weight_advantages_and_not_values() -> None:
     config = settings(rnd=0.25, ext_coef=4.0)
     envs, agent = build(config, probes.DelayedReward)
-    agent.learn = lambda: None
+    agent.update_policy = lambda: None
     for _ in islice(play(envs, agent, 1), 5 + 16):
         pass
-    values = agent._kept[:, 1:]
-    adv_ext = agent._returns[0].view(16, 8) - values[:-1, 0]
-    adv_int = agent._returns[1].view(16, 8) - values[:-1, 1]
-    torch.testing.assert_close(agent._advantages.view(16, 8), 4.0 * adv_ext + 0.25 * adv_int)
+    rollout = agent.rollout
+    adv_ext = rollout.returns_ext.view(16, 8) - rollout.values_ext[:-1]
+    adv_int = rollout.returns_int.view(16, 8) - rollout.values_int[:-1]
+    torch.testing.assert_close(rollout.advantages.view(16, 8), 4.0 * adv_ext + 0.25 * adv_int)
     assert adv_ext.abs().max() > 0.1 and adv_int.abs().max() > 0
     # The reference: the sum unweighted, coefficients before the value losses.
-    assert not torch.allclose(agent._advantages.view(16, 8), adv_ext + adv_int, atol=1e-3)
+    assert not torch.allclose(rollout.advantages.view(16, 8), adv_ext + adv_int, atol=1e-3)
     loss, told = agent._policy_loss(torch.arange(128))
-    clip_loss, ext_loss, int_loss, entropy, *_ = told
-    torch.testing.assert_close(loss, clip_loss - config.agent.ent_coef * entropy + ext_loss + int_loss)
+    values = told["value_loss_ext"] + told["value_loss_int"]
+    torch.testing.assert_close(loss, told["policy_loss"] - config.agent.ent_coef * told["entropy"] + values)
 
 
 def test_no_games_end_cuts_the_intrinsic_returns() -> None:
     config = settings(rnd=1.0)
     envs, agent = build(config, probes.ConstantReward)  # a game a step
-    agent.learn = lambda: None
+    agent.update_policy = lambda: None
     for _ in islice(play(envs, agent, 1), 5 + 16):
         pass
-    bonus = agent._kept.new_ones(16, 8)  # whatever it was: recompute both forms from the same numbers
-    values = agent._kept[:, 2]
-    ends = agent.replay.terminations.view(-1)[agent._positions[:-1]]
+    bonus = torch.ones(16, 8)  # whatever it was: recompute both forms from the same numbers
+    values = agent.rollout.values_int
+    ends = agent.replay.terminations.view(-1)[agent.rollout.indices[:-1]]
     assert ends.any()
     never = torch.zeros_like(ends)
-    ours = returns.gae(bonus, values, 0.99, 0.95, never, never)
-    cut = returns.gae(bonus, values, 0.99, 0.95, ends, ends)
+    ours = functional.gae(bonus, values, 0.99, 0.95, never, never)
+    cut = functional.gae(bonus, values, 0.99, 0.95, ends, ends)
     assert (ours[0] > 4 * cut[0]).all(), "uncut sums grow with the rollout"
     # What the agent holds is the uncut form, of its own bonuses.
-    agent.curiosity.rewards = lambda _: bonus
-    agent._finish()
-    torch.testing.assert_close(agent._returns[1].view(16, 8), ours + values[:-1])
+    agent.rnd.rollout_rewards = lambda _: bonus
+    agent._compute_advantages()
+    torch.testing.assert_close(agent.rollout.returns_int.view(16, 8), ours + values[:-1])
+
+
+def picture_rnd(**options: float) -> RND:
+    spec = probes.spec_of_shape((4, 84, 84))
+    return RND(*make_rnd_networks(spec), spec, 8, gamma=0.99, init_updates=0, **options)
 
 
 def test_what_curiosity_sees_is_not_divided_by_255() -> None:
-    curiosity = Curiosity(PredictorCNN, (1, 84, 84))
+    rnd = picture_rnd()
     frames = torch.randint(0, 200, (64, 1, 84, 84), dtype=torch.uint8)
-    curiosity.obs_rms.update(frames)
-    z = curiosity.normalized(frames)
+    rnd.obs_rms.update(frames)
+    z = rnd.normalized(frames)
     expected = (frames.double() - frames.double().mean(dim=0)) / frames.double().std(dim=0, correction=0)
     torch.testing.assert_close(z, expected.float(), rtol=1e-3, atol=1e-3)
     assert z.std() == pytest.approx(1, abs=0.01)
     assert (z / 255).std() < 0.01, "the fault: every frame looks the same"
     frames[:] = 255
-    assert curiosity.normalized(frames).max() < 5 and curiosity.normalized(frames * 0 + 255).min() > 0.5
+    assert rnd.normalized(frames).max() < 5 and rnd.normalized(frames * 0 + 255).min() > 0.5
 
 
 def test_every_row_trains_the_predictor_and_an_empty_mask_is_no_nan() -> None:
-    curiosity = Curiosity(PredictorCNN, (1, 84, 84))
-    curiosity.attach(num_envs=128, gamma=0.99)
+    rnd = build(settings(num_envs=128), probes.Both)[1].rnd
     generator = torch.Generator().manual_seed(0)
     used = torch.zeros(64)
     for _ in range(60):
         errors = torch.ones(64, requires_grad=True)
-        curiosity.loss(errors, generator).backward()
+        rnd.predictor_loss(errors, generator).backward()
         used += errors.grad > 0
     assert (used > 0).all(), "the fault: only the first rows"
     assert 0.2 < used.mean() / 60 < 0.3
-    curiosity.share = 0.0
-    empty = curiosity.loss(torch.ones(8), generator)
+    empty = picture_rnd(share=0.0).predictor_loss(torch.ones(8), generator)
     assert empty.item() == 0.0
     assert torch.isnan((torch.ones(8) * 0).sum() / torch.zeros(8).sum()), "the fault"
 
 
 def test_value_replay_compares_equal_shapes() -> None:
     values, targets = torch.tensor([0.0, 10.0]), torch.tensor([0.0, 10.0])
-    assert returns.value_loss(values, targets, torch.ones(2)).item() == 0.0
+    assert functional.value_loss(values, targets, torch.ones(2)).item() == 0.0
     assert F.mse_loss(values.unsqueeze(1).expand(2, 2), targets.expand(2, 2)).item() == 50.0, "the fault: broadcast"
     agent = learn(settings(VECTOR_TASKS), probes.ObservedReward, 5 + 17)
     seen = []
@@ -112,7 +114,7 @@ def test_value_replay_compares_equal_shapes() -> None:
 def test_one_lit_block_lights_one_cell() -> None:
     frames = torch.zeros(1, 2, 84, 84)
     frames[0, 1, 8:12, 16:20] = 1.0
-    changes = returns.pixel_changes(frames)[0, 0]
+    changes = functional.pixel_changes(frames)[0, 0]
     assert changes[2, 4].item() == 1.0 and changes.sum().item() == 1.0
     reshaped = (frames[:, 1] - frames[:, 0]).abs().reshape(-1, 4, 4, 21, 21).mean(dim=(1, 2))
     assert (reshaped > 0).sum() > 1, "the fault: pixels from all over"
@@ -121,7 +123,7 @@ def test_one_lit_block_lights_one_cell() -> None:
 def test_the_pixel_return_has_the_last_reward_and_each_steps_own_end() -> None:
     rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]).view(2, 3, 1, 1)
     best = torch.full((2, 3, 1, 1), 10.0)
-    ours = returns.window_returns(rewards, best, torch.tensor([3, 2]), torch.tensor([False, True]), 0.5)
+    ours = functional.window_returns(rewards, best, torch.tensor([3, 2]), torch.tensor([False, True]), 0.5)
     assert ours[0].flatten().tolist() == [1 + 0.5 * (2 + 0.5 * (4 + 5.0)), 2 + 0.5 * (4 + 5.0), 4 + 5.0]
     assert ours[1, :2].flatten().tolist() == [1 + 0.5 * 2, 2.0]  # dead after the second step
     dropped = 1 + 0.5 * (2 + 0.5 * 10.0)  # the fault: bootstraps in place of the last reward
@@ -138,14 +140,11 @@ def test_a_pixel_change_belongs_to_the_action_that_made_it() -> None:
         if actions[t, 0]:
             frames[t + 1, :, :4, :4] = 255 - frames[t, :, :4, :4]
     ring = ring_of(frames, actions, np.zeros((steps, 1)), n_step=3)
-    tasks = AuxiliaryTasks(
-        {"pixel_control": 0.0, "reward_prediction": 0.0, "value_replay": 1.0}, PPOIntrinsic(MLP, (3,), 2), 2
-    )
-    tasks.attach(settings(TasksConfig(window=3)), ring, torch.Generator().manual_seed(0))
-    tasks.see(ring.frames[:-1])
+    tasks = task_alone("value_replay", ring, ActorCritic(MLP, (3,), 2))
+    tasks.update_pixel_range(ring.frames[:-1])
     windows = ring.windows(64, tasks.generator)
     changed = tasks.pixel_rewards(windows)[:, :, 0, 0]
-    did = ring.actions.view(-1)[windows.positions[:, :-1]].float()
+    did = ring.actions.view(-1)[windows.indices[:, :-1]].float()
     torch.testing.assert_close(changed, did)
     assert not torch.allclose(changed[:, 1:], did[:, :-1]), "the fault: the action before"
 
@@ -169,22 +168,21 @@ def test_the_predicted_reward_is_the_sampled_pairs_own() -> None:
     frames = np.zeros((steps + 1, num_envs, 2), dtype=np.float32)
     frames[:-1, :, 0], frames[:-1, :, 1] = rewards, np.arange(num_envs)  # a frame tells its step's reward
     ring = ring_of(frames, np.zeros((steps, num_envs), dtype=np.int64), rewards, stack=1, n_step=2)
-    positions, found = ring.choose(ring.rewards != 0, 200, torch.Generator().manual_seed(0))
+    indices, found = ring.sample_where(ring.rewards != 0, 200, torch.Generator().manual_seed(0))
     assert bool(found)
-    labels = returns.reward_classes(ring.rewards.view(-1)[positions])
-    seen = ring.stacks(positions)[:, 0]
-    assert torch.equal(labels, returns.reward_classes(seen)) and (labels > 0).all()
-    assert set(ring.stacks(positions)[:, 1].tolist()) == {0.0, 1.0, 2.0, 3.0}, "every environment is drawn from"
+    labels = functional.reward_classes(ring.rewards.view(-1)[indices])
+    seen = ring.stacks(indices)[:, 0]
+    assert torch.equal(labels, functional.reward_classes(seen)) and (labels > 0).all()
+    assert set(ring.stacks(indices)[:, 1].tolist()) == {0.0, 1.0, 2.0, 3.0}, "every environment is drawn from"
     # As the loss sees it: a head that reads the label off its own frame has no error.
-    tasks = AuxiliaryTasks(
-        {"pixel_control": 0.0, "reward_prediction": 1.0, "value_replay": 0.0}, PPOIntrinsic(MLP, (2,), 2), 2
-    )
-    tasks.attach(settings(VECTOR_TASKS), ring, torch.Generator().manual_seed(0))
+    tasks = task_alone("reward_prediction", ring, ActorCritic(MLP, (2,), 2))
     tasks.policy.trunk.forward = lambda obs: obs
-    tasks.heads["reward_prediction"].forward = lambda obs: 50 * F.one_hot(returns.reward_classes(obs[:, 0]), 3).float()
+    tasks.heads["reward_prediction"].forward = lambda obs: (
+        50 * F.one_hot(functional.reward_classes(obs[:, 0]), 3).float()
+    )
     assert tasks.reward_prediction_loss().item() == pytest.approx(0.0, abs=1e-6)
-    neighbours = ring.rewards.view(-1)[(positions + 1) % ring.rewards.numel()]
-    assert not torch.equal(labels, returns.reward_classes(neighbours)), "the fault: another environment's"
+    neighbours = ring.rewards.view(-1)[(indices + 1) % ring.rewards.numel()]
+    assert not torch.equal(labels, functional.reward_classes(neighbours)), "the fault: another environment's"
 
 
 def test_certain_predictions_have_a_finite_loss() -> None:
@@ -200,8 +198,8 @@ def test_certain_predictions_have_a_finite_loss() -> None:
 def test_a_time_out_bootstraps() -> None:
     value = torch.tensor([[0.0], [2.0]])
     reward, yes, no = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
-    assert returns.gae(reward, value, 0.5, 0.95, no, yes).item() == 2.0
-    assert returns.gae(reward, value, 0.5, 0.95, yes, yes).item() == 1.0, "the fault"
+    assert functional.gae(reward, value, 0.5, 0.95, no, yes).item() == 2.0
+    assert functional.gae(reward, value, 0.5, 0.95, yes, yes).item() == 1.0, "the fault"
     agent = learn(settings(VECTOR_TASKS), probes.TimeLimit, 500)  # every step ends in a time-out: 1 / (1 - 0.5)
     value_ext = agent.policy(torch.zeros(1, 1))[1].item()
     assert value_ext == pytest.approx(2.0, abs=0.25)
@@ -220,9 +218,9 @@ def test_a_checkpoint_holds_every_statistic() -> None:
     state = agent.state_dict()
     twin = build(settings(VECTOR_TASKS, rnd=0.5), probes.Both)[1]
     twin.load_state_dict(state)
-    assert isinstance(twin.curiosity.forward_filter, RewardForwardFilter)
-    assert agent.curiosity.forward_filter.returns.abs().sum() > 0
-    flat, again = (torch.cat([v.double().flatten() for v in a.curiosity.state_dict().values()]) for a in (agent, twin))
+    assert isinstance(twin.rnd.forward_filter, RewardForwardFilter)
+    assert agent.rnd.forward_filter.returns.abs().sum() > 0
+    flat, again = (torch.cat([v.double().flatten() for v in a.rnd.state_dict().values()]) for a in (agent, twin))
     assert torch.equal(flat, again)
     for mine, theirs in ((agent.optimizer, twin.optimizer), (agent.rnd_optimizer, twin.rnd_optimizer)):
         one, two = mine.state_dict()["state"], theirs.state_dict()["state"]

@@ -1,4 +1,4 @@
-"""`RANDALTrainer`: the published names, from Python, over the package's own loop and files."""
+"""`RANDAL` and `RANDALTrainer`: the published names, from Python, over the package's own loop and files."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,38 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from run_helpers import rows
 
-from gravitar_dqn import GAE, MLP, RANDAL, NatureCNN, PPOConfig, PredictorCNN, PredictorMLP, RANDALTrainer, training
+import gravitar_dqn
+from gravitar_dqn import (
+    GAE,
+    MLP,
+    RANDAL,
+    NatureCNN,
+    PPOConfig,
+    PredictorCNN,
+    PredictorMLP,
+    RANDALTrainer,
+    checkpoint,
+    training,
+)
 from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
 from gravitar_dqn import envs as games
-from gravitar_dqn.config import EnvConfig, UserError, load_run
+from gravitar_dqn.agents.randal_trainer import Every
+from gravitar_dqn.config import EnvSettings
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import play_games
-from gravitar_dqn.randal.trainer import Every
+from gravitar_dqn.networks import ActorCritic
+from gravitar_dqn.run_dir import load_run
 
 
 def vector_agent(**options: Any) -> RANDAL:
     torch.manual_seed(0)
     ppo = PPOConfig(lr=3e-3, lr_final=1e-3, decay_steps=1_000, device="cpu", policy_clip=0.2)
     return RANDAL(MLP, PredictorMLP, (1,), 2, ppo, pixel_control=False, **options)
+
+
+def saved_agent(run_dir: Path) -> dict[str, Any]:
+    state: dict[str, Any] = checkpoint.load(run_dir)["agent"]
+    return state
 
 
 def config(home: Path, **changes: Any) -> TrainerConfig:
@@ -43,6 +63,38 @@ def config(home: Path, **changes: Any) -> TrainerConfig:
     return TrainerConfig(**{**options, **changes})
 
 
+def test_the_published_names_can_be_imported() -> None:
+    for name in (
+        "RANDAL PPOConfig PredictorCNN PredictorMLP RANDALTrainer RANDALTrainerConfig RunningMeanStd "
+        "RewardForwardFilter"
+    ).split():
+        assert getattr(gravitar_dqn, name).__name__ == name
+        assert name in dir(gravitar_dqn)
+    assert gravitar_dqn.PPOIntrinsic is ActorCritic and "PPOIntrinsic" in dir(gravitar_dqn)
+    with pytest.raises(AttributeError, match="Randal"):
+        _ = gravitar_dqn.Randal
+
+
+def test_the_predictors_loss_and_pixel_range_by_their_public_names() -> None:
+    torch.manual_seed(0)
+    agent = RANDAL(NatureCNN, PredictorCNN, (4, 84, 84), 6, PPOConfig(device="cpu"), intr_coeff=1.0)
+    frames = torch.randint(10, 200, (8, 1, 84, 84), dtype=torch.uint8)
+    torch.testing.assert_close(agent.norm_obs(frames), frames.float() / 255)  # nothing was seen yet
+    agent.pixel_range.copy_(torch.tensor([10.0, 199.0]))  # as training does
+    torch.testing.assert_close(agent.norm_obs(frames), (frames.float() - 10) / 189)
+    mean, std = frames.float().mean(dim=0), torch.full((1, 84, 84), 50.0)
+    z = ((frames.float() - mean) / std).clamp(-5, 5)
+    with torch.no_grad():
+        target, predictor = agent.networks.rnd
+        expected = (predictor(z) - target(z)).square().mean()
+    torch.testing.assert_close(agent.predictor_loss(frames, mean, std), expected)
+    q_values, targets = torch.randn(3, 6, 21, 21), torch.randn(3, 21, 21)
+    chosen = torch.stack([q_values[0, 5], q_values[1, 0], q_values[2, 2]])
+    torch.testing.assert_close(
+        agent.pixel_loss(q_values, torch.tensor([5, 0, 2]), targets), 0.5 * (chosen - targets).square().mean()
+    )
+
+
 def test_the_published_defaults() -> None:
     made = TrainerConfig()
     assert (made.train_mode, made.returns, made.total_steps, made.nsteps) == ("nstep", "nstep", 50_000_000, 5)
@@ -55,7 +107,7 @@ def test_the_published_defaults() -> None:
     assert (ppo.grad_clip, ppo.entropy_coeff, ppo.policy_clip) == (0.5, 0.01, 0.1)
     agent = vector_agent()
     assert (agent.intr_coeff, agent.extr_coeff) == (0.5, 1.0)
-    assert agent.tasks.weights == {"pixel_control": 0.0, "reward_prediction": 1.0, "value_replay": 1.0}
+    assert agent.weights == {"pixel_control": 0.0, "reward_prediction": 1.0, "value_replay": 1.0}
 
 
 def test_it_trains_validates_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +125,8 @@ def test_it_trains_validates_and_saves(tmp_path: Path, capsys: pytest.CaptureFix
     assert "validation at step" in told.err
     kept = sorted((tmp_path / "models" / trainer.run_dir.name).iterdir())
     assert len(kept) == 2
+    learned = saved_agent(trainer.run_dir)["policy"]
+    assert all(torch.equal(value, learned[name]) for name, value in agent.policy.state_dict().items()), "trained itself"
     agent.policy.load_state_dict(torch.load(kept[-1], weights_only=True))
     record = json.loads((trainer.run_dir / "config.json").read_text())
     assert record["preset"] == "randal"
@@ -81,16 +135,18 @@ def test_it_trains_validates_and_saves(tmp_path: Path, capsys: pytest.CaptureFix
 def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
     torch.manual_seed(0)
     agent = RANDAL(NatureCNN, PredictorCNN, (4, 84, 84), 18, PPOConfig(device="cpu"), intr_coeff=1.0, extr_coeff=2.0)
-    envs = games.make_envs(EnvConfig(num_envs=2))
+    envs = games.make_envs(EnvSettings(num_envs=2))
     settings = config(tmp_path, total_steps=90, nsteps=8, returns=GAE, num_epochs=1, init_obs_steps=3)
     trainer = RANDALTrainer(envs, agent, None, settings)
     trainer.train()
     assert trainer.run_config.env.id == "ALE/Gravitar-v5"
-    assert agent.num_updates > 0
+    state = saved_agent(trainer.run_dir)
+    assert state["clocks"]["num_updates"] > 0
+    assert torch.equal(agent.pixel_range, state["tasks"]["pixel_range"]) and agent.pixel_range[0] < agent.pixel_range[1]
     told = [row["pixel_control_loss"] for row in rows(trainer.run_dir / "metrics.csv")]
     assert np.isfinite(told).any(), "a row that fell between two updates has none"
     names = {path.name for path in trainer.run_dir.iterdir()}
-    assert names == {"config.json", "metrics.csv", "episodes.csv", "checkpoints"}
+    assert names == {"config.json", "metrics.csv", "episodes.csv", "checkpoints", "lock"}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +176,7 @@ def test_a_run_goes_on_from_python(tmp_path: Path, capsys: pytest.CaptureFixture
 
     first = trainer(total_steps=300)
     first.train()
+    before = saved_agent(first.run_dir)["clocks"]
     again = trainer()
     again.run_dir = first.run_dir
     with pytest.raises(UserError, match=r"exists: train\(resume=...\) goes on with it"):
@@ -128,7 +185,8 @@ def test_a_run_goes_on_from_python(tmp_path: Path, capsys: pytest.CaptureFixture
         trainer(seed=3).train(resume=first.run_dir)
     second = trainer(total_steps=500)
     second.train(resume=first.run_dir)
-    assert second.agent.global_step >= 500 and second.agent.num_updates > first.agent.num_updates
+    after = saved_agent(first.run_dir)["clocks"]
+    assert after["global_step"] >= 500 and after["num_updates"] > before["num_updates"]
     steps = [row["global_step"] for row in rows(first.run_dir / "episodes.csv")]
     assert [Every(5, now).due(9) for now in (0, 4, 6)] == [True, True, False]  # multiples, wherever a session began
     assert steps == sorted(steps) and steps[0] < 300 < steps[-1]
@@ -152,7 +210,7 @@ def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     same_step = SyncVectorEnv([probes.Both] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(UserError, match=r"it must be AutoresetMode\.NEXT_STEP"):
         RANDALTrainer(same_step, vector_agent(), None, config(tmp_path))
-    cartpole = games.make_envs(EnvConfig(id="CartPole-v1", num_envs=2))
+    cartpole = games.make_envs(EnvSettings(id="CartPole-v1", num_envs=2))
     with pytest.raises(UserError, match=r"observations \(4,\), but the agent's input_size is \(1,\)"):
         RANDALTrainer(cartpole, vector_agent(), None, config(tmp_path))
     three = RANDAL(MLP, PredictorMLP, (4,), 3, PPOConfig(device="cpu"), PC=0)
@@ -161,12 +219,12 @@ def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_runs_settings_say_what_was_played(tmp_path: Path) -> None:
-    made = EnvConfig(id="CartPole-v1", num_envs=4, num_threads=3)
+    made = EnvSettings(id="CartPole-v1", num_envs=4, num_threads=3)
     agent = RANDAL(MLP, PredictorMLP, (4,), 2, PPOConfig(device="cpu"), PC=0, optim=torch.optim.RMSprop)
     run = RANDALTrainer(games.make_envs(made), agent, None, config(tmp_path, seed=5)).run_config
     assert run.env == made and run.agent.optimizer == "rmsprop" and run.seed == 5
     assert games.config_of(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")).id == "CartPole-v1"
-    assert games.config_of(probes.vector_of(probes.Both, 3)) == EnvConfig(id="SyncVectorEnv", num_envs=3)
+    assert games.config_of(probes.vector_of(probes.Both, 3)) == EnvSettings(id="SyncVectorEnv", num_envs=3)
 
 
 class Endless(probes.Probe):

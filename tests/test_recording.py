@@ -15,19 +15,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from probes import spec_of_shape
 from run_helpers import CARTPOLE, ROOT, train
 
-from gravitar_dqn import cli, recording, training
-from gravitar_dqn.config import PRESETS, Config
+from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn.config import DQNRunConfig
+from gravitar_dqn.logs import show_log
+from gravitar_dqn.loop import Episode
 from gravitar_dqn.networks import DuelingConvQNetwork, QNetwork, make_q_network
+from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.recording import Recorder, VideoError, mp4_writer, record_game
-from gravitar_dqn.tracking import Console, Episode
+from gravitar_dqn.telemetry import Console
 
 CARTPOLE_CONFIG = PRESETS["cartpole"]
 PATIENCE = 300.0  # seconds; films get only processor time that nobody else wants
 
 
-def limited(preset: str, **settings: Any) -> Config:
+def limited(preset: str, **settings: Any) -> DQNRunConfig:
     """The preset's configuration with these settings of its environment."""
     return replace(PRESETS[preset], env=replace(PRESETS[preset].env, **settings))
 
@@ -179,18 +183,31 @@ def test_watch_films_as_many_games_as_it_is_told(tmp_path: Path, capsys: pytest.
         assert line == f"{path}: score {pictures - 1}"
 
 
+def test_watch_plays_a_run_of_the_version_before_and_shows_what_its_policy_says(tmp_path: Path) -> None:
+    """What it kept beside the policy has other names and shapes today."""
+    train(*CARTPOLE, "--rnd.coef", 0.1, "--total-steps", 60, "--run-dir", tmp_path / "run")
+    path = (checkpoint.folder(tmp_path / "run") / "latest").resolve()
+    state = checkpoint.read(path)
+    state["agent"]["curiosity"] = state["agent"].pop("rnd")
+    torch.save({**state, "format": 2}, tmp_path / "old.pt")
+    (tmp_path / "old.pt").replace(path)
+    words = [str(tmp_path / "run"), "--epsilon", "1", "--overlay", "--video-dir", str(tmp_path / "videos")]
+    assert cli.run(cli.watch_command, words, "watch.py") == 0
+    assert everything(tmp_path / "videos" / "run") == ["step_60_seed_742_overlay.mp4"]
+
+
 class Agent:
     """As much of an agent as a Recorder looks at."""
 
     def __init__(self) -> None:
         self.q_network, self.epsilon, self.messages, self.episodes = QNetwork(4, 2), 1.0, [], 0
-        self.filling = None
+        self.partial_buffer_size = None
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return self.q_network.state_dict()
 
 
-def make_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Config = CARTPOLE_CONFIG) -> Recorder:
+def make_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DQNRunConfig = CARTPOLE_CONFIG) -> Recorder:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     agent: Any = Agent()
@@ -237,7 +254,7 @@ def test_every_25th_episode_is_filmed_by_another_process_that_ends(
 def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = limited("gravitar", max_frames=100_000)
     recorder = make_recorder(tmp_path, monkeypatch, config)
-    recorder._agent.q_network = make_q_network((4, 84, 84), 18, config.agent)
+    recorder._agent.q_network = make_q_network(spec_of_shape((4, 84, 84)), config.agent)
     recorder.step([Episode(0, 0, 0.0, 1)])
     deadline = time.monotonic() + PATIENCE
     while not list((tmp_path / "videos").glob("*.part.mp4")):
@@ -252,6 +269,7 @@ def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypa
 def test_a_recording_process_that_dies_costs_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    show_log()
     recorder = make_recorder(tmp_path, monkeypatch)
     recorder.step([Episode(0, 0, 0.0, 1)])
     assert recorder._process is not None
@@ -287,24 +305,27 @@ def test_a_training_run_records_and_tells(
 
 
 def test_a_training_run_without_ffmpeg_goes_on_with_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    warnings: list[str] = []
-    warn = recording.warn
-    monkeypatch.setattr(recording, "warn", lambda message: (warnings.append(message), warn(message)))
     (tmp_path / "stubs").mkdir()
     (tmp_path / "stubs" / "imageio_ffmpeg.py").write_text("raise ImportError('not installed')\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stubs'}:{ROOT}")
     ended: list[int] = []
 
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
     def enough() -> bool:
         ended.append(1)
-        return len(warnings) > 0 and len(ended) > 400
+        return len(warnings()) > 0 and len(ended) > 400
 
     run_until(monkeypatch, enough)
     words = ["--video-every", 1, "--video-dir", tmp_path / "videos", "--run-dir", tmp_path / "run"]
     assert train(*CARTPOLE, *words) == 0
-    assert warnings == ["no video: there is no ffmpeg; pip install imageio-ffmpeg brings one"]
+    assert warnings() == ["no video: there is no ffmpeg; pip install imageio-ffmpeg brings one"]
     said = capsys.readouterr()
     assert said.err.count("warning: ") == 1
     assert "video:" not in said.out

@@ -8,8 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gravitar_dqn.config import UserError
-from gravitar_dqn.replay import ReplayBuffer, bytes_per_transition, plan_memory
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.memory import bytes_per_transition, check_buffer_fits
+from gravitar_dqn.replay import ReplayBuffer
 
 FRAME = (2, 2)
 
@@ -109,7 +110,7 @@ def make(
 
 def sampleable(buffer: ReplayBuffer) -> set[int]:
     """Frame values of the transitions that can be sampled."""
-    flat = torch.nonzero(buffer.weights.view(-1) > 0).view(-1)
+    flat = torch.nonzero(buffer.sampling_weights.view(-1) > 0).view(-1)
     return {int(buffer.frames[i].flatten()[0]) for i in flat}
 
 
@@ -168,7 +169,8 @@ def test_everything_sampled_agrees_with_the_model(
         assert batch.terminated[i].item() == window[-1].terminated
         assert batch.truncated[i].item() == window[-1].truncated
         assert (
-            buffer.frames[batch.last_rows[i]].flatten()[0] == player.model.frames[step.env, step.game][window[-1].index]
+            buffer.frames[batch.last_indices[i]].flatten()[0]
+            == player.model.frames[step.env, step.game][window[-1].index]
         )
 
 
@@ -177,9 +179,9 @@ def test_uniform_sampling_reaches_every_valid_transition_alike() -> None:
     player = Player(buffer, 3)
     for _ in range(25):
         player.step()
-    rows = buffer.sample(20_000, torch.Generator().manual_seed(0)).rows
-    valid = torch.nonzero(buffer.weights.view(-1) > 0).view(-1)
-    counts = torch.bincount(rows, minlength=buffer.weights.numel())
+    rows = buffer.sample(20_000, torch.Generator().manual_seed(0)).indices
+    valid = torch.nonzero(buffer.sampling_weights.view(-1) > 0).view(-1)
+    counts = torch.bincount(rows, minlength=buffer.sampling_weights.numel())
     assert counts.sum() == counts[valid].sum()
     share = counts[valid] / 20_000
     torch.testing.assert_close(share, torch.full_like(share, 1 / len(valid)), atol=0.015, rtol=0)
@@ -194,7 +196,7 @@ def test_a_full_ring_holds_its_capacity() -> None:
         assert len(buffer) == min(4 * i, 40)
         buffer.put(torch.zeros(4, dtype=torch.long), zeros, no, no, frames, ~no)
     assert buffer.full
-    assert (buffer.weights > 0).sum() == buffer.capacity == 40
+    assert (buffer.sampling_weights > 0).sum() == buffer.capacity == 40
 
 
 def test_priorities_are_proportional() -> None:
@@ -202,17 +204,19 @@ def test_priorities_are_proportional() -> None:
     player = Player(buffer, 1)
     for _ in range(30):
         player.step()
-    rows = torch.nonzero(buffer.weights.view(-1) > 0).view(-1)
+    rows = torch.nonzero(buffer.sampling_weights.view(-1) > 0).view(-1)
     priorities = torch.arange(1, len(rows) + 1).float()
     buffer.update_priorities(rows, priorities)
     buffer.check_valid()
     batch = buffer.sample(40_000, torch.Generator().manual_seed(0))
     expected = priorities.sqrt() / priorities.sqrt().sum()
-    counts = torch.bincount(batch.rows, minlength=buffer.weights.numel())[rows] / 40_000
+    counts = torch.bincount(batch.indices, minlength=buffer.sampling_weights.numel())[rows] / 40_000
     torch.testing.assert_close(counts, expected, atol=0.01, rtol=0)
-    torch.testing.assert_close(batch.probabilities[batch.rows == rows[0]][0].float(), expected[0])
+    torch.testing.assert_close(batch.probabilities[batch.indices == rows[0]][0].float(), expected[0])
     player.step()
-    assert buffer.weights.max() == pytest.approx(priorities.max().sqrt().item())  # new rows get the largest so far
+    assert buffer.sampling_weights.max() == pytest.approx(
+        priorities.max().sqrt().item()
+    )  # new rows get the largest so far
 
 
 def test_priorities_cannot_revive_an_overwritten_row() -> None:
@@ -220,7 +224,7 @@ def test_priorities_cannot_revive_an_overwritten_row() -> None:
     player = Player(buffer, 0)
     for _ in range(6):
         player.step()
-    rows = torch.nonzero(buffer.weights.view(-1) > 0).view(-1)
+    rows = torch.nonzero(buffer.sampling_weights.view(-1) > 0).view(-1)
     for _ in range(3):
         player.step()
     buffer.update_priorities(rows, torch.ones(len(rows)))
@@ -240,10 +244,10 @@ def test_bonuses_are_stored_with_their_step_and_can_be_refreshed() -> None:
             bonus[i, env] = values[env].item()
     batch = buffer.sample(32, torch.Generator().manual_seed(0))
     for i in range(32):
-        time, env = divmod(int(batch.rows[i]), 2)
+        time, env = divmod(int(batch.indices[i]), 2)
         expected = [bonus[time + k, env] if k < batch.steps[i] else 0.0 for k in range(3)]
         assert batch.int_rewards[i].tolist() == expected
-    buffer.refresh_int_rewards(batch.last_rows, torch.full((32,), -1.0))
+    buffer.refresh_int_rewards(batch.last_indices, torch.full((32,), -1.0))
     again = buffer.sample(32, torch.Generator().manual_seed(0))
     ends = again.int_rewards.gather(1, again.steps[:, None] - 1)
     assert (ends == -1).all()
@@ -291,8 +295,10 @@ def test_a_transition_of_an_image_game_takes_at_most_7200_bytes() -> None:
     assert bytes_per_transition((84, 84), torch.uint8) <= 7_200
 
 
-def test_a_buffer_too_big_for_the_device_says_how_many_would_fit() -> None:
+def test_a_buffer_too_big_for_the_device_says_how_many_would_fit(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     cpu = torch.device("cpu")
     with pytest.raises(UserError, match=r"needs \d+\.\d GiB, but cpu has .* --agent.buffer-size \d+ would fit"):
-        plan_memory(10**12, (84, 84), torch.uint8, cpu)
-    assert "0.01 GiB" in plan_memory(1_000, (84, 84), torch.uint8, cpu)
+        check_buffer_fits(10**12, (84, 84), torch.uint8, cpu)
+    check_buffer_fits(1_000, (84, 84), torch.uint8, cpu)
+    assert "1000 transitions of 7073 bytes, 0.01 GiB on cpu" in caplog.text

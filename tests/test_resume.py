@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, rows, script, train
+from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, refusal, rows, script, train
 from tqdm import tqdm
 
 from gravitar_dqn import checkpoint, cli, training
-from gravitar_dqn.config import load_run
+from gravitar_dqn.run_dir import load_run, lock
 
 FOR_EVER = ["--total-steps", 10**9]
 
@@ -166,6 +166,22 @@ def test_a_resume_plays_other_games_than_the_start(tmp_path: Path, monkeypatch: 
     assert len(set(seeds)) == 3
 
 
+def test_a_run_of_the_version_before_is_evaluated_but_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    path = (checkpoint.folder(run_dir) / "latest").resolve()
+    torch.save({**checkpoint.read(path), "format": 2}, tmp_path / "old.pt")
+    (tmp_path / "old.pt").replace(path)
+    assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "2", "--device", "cpu"], "evaluate.py") == 0
+    before = (run_dir / "metrics.csv").read_bytes()
+    capsys.readouterr()
+    told = refusal(capsys, train("--resume", run_dir, "--total-steps", 200))
+    assert told.startswith(f"{run_dir} was written by version 0.1.0 and cannot go on with ")
+    assert (run_dir / "metrics.csv").read_bytes() == before
+
+
 # ---------------------------------------------------------------- the replay buffer in the checkpoint
 
 
@@ -178,7 +194,7 @@ def test_a_resumed_buffer_holds_what_was_stored(tmp_path: Path) -> None:
     assert len(agent.replay) == 200
     for name, value in agent.replay.state_dict().items():
         assert torch.equal(value, stored[name]) if isinstance(value, torch.Tensor) else value == stored[name], name
-    rewards = agent.replay.rewards[agent.replay.playable]
+    rewards = agent.replay.rewards[agent.replay.valid]
     assert len(rewards) == 200 and (rewards == 1).all()  # every step of CartPole earns 1
     agent.begin(envs.reset(seed=0)[0])
     envs.close()
@@ -338,7 +354,7 @@ def test_a_run_that_is_going_cannot_be_resumed_beside_itself(
     run_dir = tmp_path / "run"
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     before = (run_dir / "metrics.csv").read_bytes()
-    with training.lock(run_dir):
+    with lock(run_dir):
         assert train("--resume", run_dir, "--total-steps", 200) == 2
     assert f"error: {run_dir} is in use" in capsys.readouterr().err
     assert (run_dir / "metrics.csv").read_bytes() == before

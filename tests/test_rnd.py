@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from probes import spec_of_shape
 
-from gravitar_dqn.config import RNDConfig
+from gravitar_dqn.config import RNDSettings
 from gravitar_dqn.rnd import RND, NotebookRND, RewardForwardFilter, RunningMeanStd, make_rnd
 
 
@@ -54,28 +55,28 @@ def test_forward_filter_runs_along_time_and_waits_where_nothing_was_played() -> 
 
 def test_the_bonus_is_the_mean_squared_error_on_one_normalization_for_both_networks() -> None:
     torch.manual_seed(0)
-    rnd = RND((4, 84, 84), 3, RNDConfig())
+    rnd = make_rnd(spec_of_shape((4, 84, 84)), 3, RNDSettings(coef=1.0))
     obs = stacks(3)
     rnd.obs_rms.mean.fill_(100.0)
     rnd.obs_rms.var.fill_(400.0)
     z = ((obs[:, -1:].float() - 100) / 20).clamp(-5, 5)  # the newest frame alone, not divided by 255
     expected = ((rnd.predictor(z) - rnd.target(z)) ** 2).sum(1) / 512
-    torch.testing.assert_close(rnd.errors(obs), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rnd.bonus(obs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bonus_uses_the_statistics_from_before_its_own_frames() -> None:
-    rnd = RND((4, 84, 84), 2, RNDConfig(init_updates=0))
+    rnd = make_rnd(spec_of_shape((4, 84, 84)), 2, RNDSettings(coef=1.0, init_updates=0))
     played = torch.tensor([True, True])
     rnd.observe(stacks(2, 1), played)
     obs = stacks(2, 2)
-    expected = rnd.errors(obs).detach()
+    expected = rnd.bonus(obs).detach()
     torch.testing.assert_close(rnd.observe(obs, played), expected)
-    assert not torch.allclose(rnd.errors(obs), expected)
+    assert not torch.allclose(rnd.bonus(obs), expected)
 
 
 def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> None:
     torch.manual_seed(0)
-    rnd = RND((8,), 4, RNDConfig(init_updates=100, update_frequency=1))
+    rnd = make_rnd(spec_of_shape((8,)), 4, RNDSettings(coef=1.0, init_updates=100, update_frequency=1))
     optimizer = torch.optim.Adam(rnd.predictor.parameters(), 1e-3)
     played, generator = torch.ones(4, dtype=torch.bool), torch.Generator().manual_seed(0)
     untrained = None
@@ -90,7 +91,7 @@ def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> Non
             assert not bonus.any() and not fresh.any()
             assert rnd.reward_rms.count < 1 and rnd.obs_rms.count > 4 * update
         if update == 5:
-            untrained = rnd.errors(obs).mean().item()
+            untrained = rnd.bonus(obs).mean().item()
     assert bonus.all() and fresh.all()
     # the scale is that of the trained predictor's errors: at most a hundred steps of them
     assert rnd.reward_rms.std.item() < 0.1 * untrained / (1 - 0.99)
@@ -98,28 +99,28 @@ def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> Non
 
 def test_the_predictor_learns_and_the_bonus_fades_where_it_has_been() -> None:
     torch.manual_seed(0)
-    rnd = RND((8,), 1, RNDConfig(update_frequency=1))
+    rnd = make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=1.0, update_frequency=1))
     generator = torch.Generator().manual_seed(0)
     known, new = torch.randn(64, 8), torch.randn(64, 8) + 3
     optimizer = torch.optim.Adam(rnd.predictor.parameters(), 1e-3)
-    before = rnd.errors(known).mean().item()
+    before = rnd.bonus(known).mean().item()
     for _ in range(150):
         loss, fresh = rnd.loss(known, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         assert not fresh.requires_grad
-    assert rnd.errors(known).mean().item() < 0.1 * before
-    assert rnd.errors(new).mean().item() > 3 * rnd.errors(known).mean().item()
+    assert rnd.bonus(known).mean().item() < 0.1 * before
+    assert rnd.bonus(new).mean().item() > 3 * rnd.bonus(known).mean().item()
     assert all(p.grad is None for p in rnd.target.parameters())
 
 
 def test_the_loss_comes_with_the_fresh_bonus_of_its_rows() -> None:
-    rnd = RND((8,), 1, RNDConfig(init_updates=0))
+    rnd = make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=1.0, init_updates=0))
     obs = torch.randn(40, 8)
     loss, fresh = rnd.loss(obs, torch.Generator())
-    torch.testing.assert_close(fresh, rnd.errors(obs).detach())
-    torch.testing.assert_close(loss, rnd.errors(obs).mean())
+    torch.testing.assert_close(fresh, rnd.bonus(obs).detach())
+    torch.testing.assert_close(loss, rnd.bonus(obs).mean())
 
 
 def test_statistics_are_exact_under_autocast() -> None:
@@ -138,7 +139,7 @@ def test_statistics_are_exact_under_autocast() -> None:
 
 
 def test_learning_rewards_are_in_units_of_the_intrinsic_return() -> None:
-    rnd = RND((8,), 1, RNDConfig())
+    rnd = make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=1.0))
     rnd.reward_rms.var.fill_(4.0)
     torch.testing.assert_close(rnd.learning_rewards(torch.tensor([1.0, 3.0])), torch.tensor([0.5, 1.5]))
 
@@ -148,7 +149,7 @@ def test_learning_rewards_are_in_units_of_the_intrinsic_return() -> None:
 
 def test_notebook_bonus_sees_two_scales_and_is_normalized_over_the_last_thousand() -> None:
     torch.manual_seed(0)
-    rnd = NotebookRND((4, 84, 84), 1, RNDConfig(variant="notebook"))
+    rnd = NotebookRND(spec_of_shape((4, 84, 84)))
     rnd.predictor.layers[-1].weight.data *= 0.01  # keep 0..255 from drowning the target
     played = torch.tensor([True])
     raw, stored = [], []
@@ -163,7 +164,7 @@ def test_notebook_bonus_sees_two_scales_and_is_normalized_over_the_last_thousand
 
 
 def test_notebook_bonus_is_clipped_and_forgets_after_a_thousand() -> None:
-    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    rnd = NotebookRND(spec_of_shape((8,)))
     rnd.history[:1000] = torch.arange(1000) % 2  # mean 0.5, standard deviation 0.5
     rnd.seen.fill_(1000)
     torch.nn.init.zeros_(rnd.predictor.layers[-1].weight)
@@ -177,13 +178,13 @@ def test_notebook_bonus_is_clipped_and_forgets_after_a_thousand() -> None:
 
 
 def test_notebook_predictor_never_learns() -> None:
-    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    rnd = NotebookRND(spec_of_shape((8,)))
     loss, fresh = rnd.loss(torch.randn(32, 8), torch.Generator().manual_seed(0))
     assert not loss.requires_grad and fresh is None
 
 
 def test_notebook_loss_is_over_a_random_quarter_of_the_rows() -> None:
-    rnd = NotebookRND((8,), 1, RNDConfig(variant="notebook"))
+    rnd = NotebookRND(spec_of_shape((8,)))
     obs = torch.randn(400, 8)
     loss, _ = rnd.loss(obs, torch.Generator().manual_seed(0))
     mask = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.25
@@ -194,8 +195,8 @@ def test_notebook_loss_is_over_a_random_quarter_of_the_rows() -> None:
 
 
 def test_no_curiosity_is_built_for_a_coefficient_of_zero() -> None:
-    assert make_rnd((8,), 1, RNDConfig(coef=0.0)) is None
-    assert isinstance(make_rnd((8,), 1, RNDConfig(coef=0.1)), RND)
+    assert make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=0.0)) is None
+    assert isinstance(make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=0.1)), RND)
 
 
 # ---------------------------------------------------------------- both kinds, all kinds of observations
@@ -205,7 +206,7 @@ def test_no_curiosity_is_built_for_a_coefficient_of_zero() -> None:
 @pytest.mark.parametrize("shape", [(4, 84, 84), (2, 128), (5,)], ids=["pictures", "RAM", "vectors"])
 def test_curiosity_of_every_observation(shape: tuple[int, ...], variant: str) -> None:
     torch.manual_seed(0)
-    rnd = make_rnd(shape, 3, RNDConfig(coef=1.0, variant=variant, init_updates=0))
+    rnd = make_rnd(spec_of_shape(shape), 3, RNDSettings(coef=1.0, variant=variant, init_updates=0))
     assert rnd is not None
     dtype = torch.float32 if len(shape) == 1 else torch.uint8
     obs = torch.randint(0, 256, (3, *shape)).to(dtype)
@@ -215,5 +216,5 @@ def test_curiosity_of_every_observation(shape: tuple[int, ...], variant: str) ->
     if len(shape) == 2:  # of RAM only the newest counts
         older, newer = obs.clone(), obs.clone()
         older[:, 0], newer[:, 1] = 255 - older[:, 0], 255 - newer[:, 1]
-        torch.testing.assert_close(rnd.errors(older), rnd.errors(obs))
-        assert (rnd.errors(newer) != rnd.errors(obs)).all()
+        torch.testing.assert_close(rnd.bonus(older), rnd.bonus(obs))
+        assert (rnd.bonus(newer) != rnd.bonus(obs)).all()

@@ -18,8 +18,8 @@ from run_helpers import CARTPOLE, refusal, rows, script, train
 
 from gravitar_dqn import checkpoint, cli, snapshots, sweep, sweep_plan
 from gravitar_dqn import processes as process_module
-from gravitar_dqn.config import UserError
-from gravitar_dqn.training import lock
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.run_dir import lock
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
 

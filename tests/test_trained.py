@@ -10,8 +10,10 @@ from run_helpers import CARTPOLE, refusal, train
 from safetensors.torch import save_file
 
 from gravitar_dqn import cli, trained
-from gravitar_dqn.config import PRESETS, UserError, to_dict
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import load_policy
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.serialization import to_dict
 
 
 @pytest.fixture(scope="module")

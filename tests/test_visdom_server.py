@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from visdom_helpers import ROOT, Server, environ, free_port, pretend_prepared, wait_until
 
-from gravitar_dqn import visdom_files, visdom_server
-from gravitar_dqn.visdom_files import DashboardError, browser_files, prepared_files
-from gravitar_dqn.visdom_server import find_or_start_server, main, probe, stop_server
+from gravitar_dqn.dashboard import visdom_files, visdom_server
+from gravitar_dqn.dashboard.visdom_files import DashboardError, browser_files, prepared_files
+from gravitar_dqn.dashboard.visdom_server import find_or_start_server, main, probe, stop_server
 
 # Stands in for npm: packs every package it is asked for with one file, dist/a.js.
 FAKE_NPM = """\
@@ -78,7 +78,7 @@ def fake_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes = b"go
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, gravitar_dqn.dashboard, gravitar_dqn.visdom_server; print([m for m in sys.modules])"
+    code = "import sys; from gravitar_dqn.dashboard import thread, visdom_server; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"torch", "visdom", "tornado", "numpy"} & set(eval(loaded))
 
@@ -155,7 +155,7 @@ def test_a_download_that_hangs_is_given_up_with_its_children(tmp_path: Path, mon
 
 def test_a_killed_preparation_leaves_nothing_half(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_npm(tmp_path, monkeypatch, seconds=60)
-    command = [sys.executable, "-m", "gravitar_dqn.visdom_server", "--prepare"]
+    command = [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--prepare"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=dict(os.environ), stderr=subprocess.DEVNULL, start_new_session=True
     )

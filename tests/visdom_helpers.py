@@ -14,10 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gravitar_dqn import visdom_files, visdom_server
+from gravitar_dqn.dashboard import visdom_files, visdom_server
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.serialization import to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = (
@@ -62,7 +65,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "gravitar_dqn.visdom_server", "--port", str(self.port)]
+        command = [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=environ(self.cache), cwd=ROOT, stdout=subprocess.DEVNULL)
         wait_until(lambda: visdom_server.probe(self.port) == "visdom", 30)
 
@@ -128,13 +131,11 @@ def metrics_row(tick: int) -> str:
 def write_run(run_dir: Path, ticks: int, preset: str = "gravitar", env_id: str = "ALE/Gravitar-v5") -> Path:
     """A run's folder as training leaves it after so many log ticks; a game ends every second tick."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    nested = {
-        "seed": 1,
-        "env": {"id": env_id, "num_envs": 32},
-        "agent": {"n_step": 3, "note": "<b onclick='x'>a & b</b>"},
-    }
-    settings = {"preset": preset, "config": nested, "commit": "abc1234", "device": "cpu (two cores)"}
-    (run_dir / "config.json").write_text(json.dumps(settings))
+    config = get_preset(preset)
+    config = replace(config, env=replace(config.env, id=env_id), video_dir="<b onclick='x'>a & b</b>")
+    record = {"preset": preset, "config": to_dict(config), "commit": "abc1234", "device": "cpu (two cores)"}
+    record["frames_per_step"] = 4 if env_id.startswith("ALE/") else 1
+    (run_dir / "config.json").write_text(json.dumps(record))
     games = [f"{2000 * game},{random.Random(game).randrange(0, 40) * 50},{500}" for game in range(1, ticks // 2 + 1)]
     (run_dir / "metrics.csv").write_text("\n".join([METRICS, *map(metrics_row, range(ticks)), ""]))
     (run_dir / "episodes.csv").write_text("\n".join(["global_step,episodic_return,episodic_length", *games, ""]))

@@ -1,123 +1,36 @@
-"""What a run tells while it trains: console lines, a progress line, `metrics.csv` and `episodes.csv`.
+"""What a run reports while it trains: console lines, a progress line, `metrics.csv` and `episodes.csv`.
 
-Standard output carries only the console lines, whose forms other programs parse; all else goes to standard error.
+Standard output carries only the console lines, whose forms other programs parse; the log goes to standard error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
+import logging
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from gravitar_dqn.config import RunConfig
+from gravitar_dqn.files import written_whole
+from gravitar_dqn.loop import Agent, Episode
 
-FRAMES_PER_STEP = 4
 METRICS = (
     "wall_seconds global_step frames num_updates episodes sps return_mean return_min return_max int_reward_mean "
     "epsilon td_loss rnd_loss q_mean buffer_fill int_reward_max samples_per_second"
 ).split()
 EPISODES = "global_step episodic_return episodic_length".split()
 
-
-@dataclass(frozen=True)
-class Episode:
-    """A finished game."""
-
-    number: int  # counted from 0
-    global_step: int  # when it ended
-    episodic_return: float  # raw score
-    episodic_length: int  # agent steps
-
-
-class Observer(Protocol):
-    """Something that follows a run. It must not slow it down."""
-
-    def step(self, episodes: list[Episode]) -> None:
-        """Called after every step of the vector environment with the games that it finished."""
-
-    def close(self) -> None:
-        """Called once at the end, also after an error."""
-
-
-class TrackedAgent(Protocol):
-    """What the observers read of an agent."""
-
-    global_step: int
-    episodes: int
-    num_updates: int
-    batch_size: int  # samples in a gradient step
-    messages: list[str]  # lines for the console, taken by whoever prints them
-    metric_names: tuple[str, ...]  # of its own `metrics`, beside those in METRICS
-
-    @property
-    def filling(self) -> int | None:
-        """Transitions in a replay buffer that is not full yet; None otherwise."""
-
-    def policy_state(self) -> dict[str, Any]:
-        """Weights of the network that acts, for recordings."""
-
-    @property
-    def epsilon(self) -> float:
-        """Probability of a random action."""
-
-    def metrics(self) -> dict[str, float]:
-        """Means since the last call."""
-
-
-def tell(message: str) -> None:
-    """One line on standard error, above the progress line. Nobody there to read it is no reason to stop."""
-    with contextlib.suppress(OSError):
-        tqdm.write(message, file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    """A line for something that went wrong while the run goes on."""
-    tell(f"warning: {message}")
-
-
-class Sections:
-    """Where a loop's wall-clock time goes, by name.
-
-    Args:
-        synchronize: waits for the device at the end of every section, so that its work is counted where it was
-            launched; that itself costs time. None: only the host is watched.
-    """
-
-    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
-        self._synchronize = synchronize
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the time of a `with` block as `name`'s."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._synchronize is not None:
-                self._synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def table(self, steps: int) -> str:
-        """Seconds, share and microseconds for each of `steps` agent steps, a line for each section."""
-        total = max(sum(self.seconds.values()), 1e-9)
-        lines = [f"where the time went, {steps} steps:"]
-        for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
-            each = 1e6 * seconds / max(steps, 1)
-            lines.append(f"  {name:8s} {seconds:9.2f} s {seconds / total:6.1%} {each:9.1f} us a step")
-        return "\n".join(lines)
+log = logging.getLogger(__name__)
 
 
 class CsvLog:
@@ -131,9 +44,8 @@ class CsvLog:
         self._pending: list[bytes] = []
         self._warned = False
         kept = self._kept(last_step) if last_step is not None and path.exists() else []
-        aside = path.with_suffix(".tmp")
-        aside.write_bytes(b"".join([self._line(columns), *kept]))
-        aside.replace(path)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(b"".join([self._line(columns), *kept]))
         self._size = path.stat().st_size
 
     def _kept(self, last_step: int) -> list[bytes]:
@@ -144,7 +56,7 @@ class CsvLog:
             return []
         whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
         kept = [row for row in whole if row["global_step"].isdecimal() and int(row["global_step"]) <= last_step]
-        return [self._line(row.get(name, "nan") for name in self.columns) for row in kept]  # columns may have grown
+        return [self._line(row.get(name, "") for name in self.columns) for row in kept]  # columns may have grown
 
     @staticmethod
     def _line(values: Iterable[Any]) -> bytes:
@@ -173,7 +85,7 @@ class CsvLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                warn(f"{self.path} cannot be written ({error}): rows are kept and tried again")
+                log.warning("%s cannot be written (%s): rows are kept and tried again", self.path, error)
             self._warned = True
             return
         self._size += len(data)
@@ -185,10 +97,15 @@ class Tracker:
     """Writes a row of `metrics.csv` every `log_seconds` and a row of `episodes.csv` for every game."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, agent: TrackedAgent, state: dict[str, Any] | None = None
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        agent: Agent,
+        frames_per_step: int,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self._config, self._agent = config, agent
-        self._columns = [*METRICS, *agent.metric_names]
+        self._config, self._agent, self._frames_per_step = config, agent, frames_per_step
+        self._columns = [*METRICS, *(name for name in agent.metric_names if name not in METRICS)]
         self._returns: deque[float] = deque(state["returns"] if state else (), maxlen=100)
         last_step = agent.global_step if state else None
         self._metrics = CsvLog(run_dir / "metrics.csv", self._columns, last_step)
@@ -226,7 +143,7 @@ class Tracker:
         row = {
             "wall_seconds": round(self.wall_seconds, 3),
             "global_step": agent.global_step,
-            "frames": agent.global_step * FRAMES_PER_STEP,
+            "frames": agent.global_step * self._frames_per_step,
             "num_updates": agent.num_updates,
             "episodes": agent.episodes,
             "sps": round(steps / seconds, 1),
@@ -236,7 +153,7 @@ class Tracker:
             "samples_per_second": round(updates * agent.batch_size / seconds, 1),
             **agent.metrics(),
         }
-        self._metrics.add([_cell(row[name]) for name in self._columns])
+        self._metrics.add([_cell(row.get(name)) for name in self._columns])
         self._metrics.flush()
         self._episodes.flush()
         if self._config.total_minutes:  # the bar counts steps: as many as the time may be enough for
@@ -248,7 +165,7 @@ class Tracker:
         self._last, self._last_step, self._last_updates = now, agent.global_step, agent.num_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint. What was told so far is written out first, so that the files and it agree."""
+        """For the checkpoint. What was reported so far is written out first, so that the files and it agree."""
         self._episodes.flush()
         self._metrics.flush()
         return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
@@ -261,14 +178,16 @@ class Tracker:
         self._bar.close()
 
 
-def _cell(value: float) -> str:
+def _cell(value: float | None) -> str:
+    if value is None:  # this agent has no such thing
+        return ""
     return str(value) if isinstance(value, int) else f"{value:.6g}" if abs(value) < 1e6 else f"{value:.3f}"
 
 
 class Console:
     """The lines that other programs parse, to the letter."""
 
-    def __init__(self, agent: TrackedAgent, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, agent: Agent, state: dict[str, Any] | None = None) -> None:
         self._agent = agent
         self._silent = False
         self._since_mark: list[float] = list(state["since_mark"]) if state else []
@@ -286,8 +205,8 @@ class Console:
         number, score = episode.number, episode.episodic_return
         self._since_mark.append(score)
         if number % 5 == 0:
-            filling = self._agent.filling
-            fill = "" if filling is None else f", buffer size: {filling}"
+            size = self._agent.partial_buffer_size
+            fill = "" if size is None else f", buffer size: {size}"
             self._print(f"episode: {number}, score: {score:.0f}, epsilon: {self._agent.epsilon:.3f}{fill}")
         if number % 100 == 0:
             mean, std = float(np.mean(self._since_mark)), float(np.std(self._since_mark))
@@ -308,7 +227,9 @@ class Console:
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._silent = True
-            warn(f"standard output cannot be written ({error.strerror}): no more console lines, training goes on")
+            log.warning(
+                "standard output cannot be written (%s): no more console lines, training goes on", error.strerror
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

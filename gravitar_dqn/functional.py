@@ -91,7 +91,7 @@ def epsilon_greedy(q_values: Tensor, epsilon: Tensor, generator: torch.Generator
     return torch.where(explore, random, q_values.argmax(dim=1))
 
 
-def sample_scores(logits: Tensor, generator: torch.Generator) -> Tensor:
+def gumbel_scores(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Scores (N, A) whose largest is action a with probability softmax(logits)_a (the Gumbel-max trick)."""
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return logits - noise.log()
@@ -129,7 +129,7 @@ def window_returns(
     """Returns of every step of windows that end after `steps` steps: R_k = r_k + gamma ((1 - l) V_(k+1) + l R_(k+1)).
 
     rewards and next_values (B, n, ...), the value after each step; steps (B,) in 1..n; terminated (B,) -> (B, n, ...).
-    The last step bootstraps from its next value, and from 0 after a termination. Beyond a window's end: rubbish.
+    The last step bootstraps from its next value, or 0 after a termination. Entries past a window's end mean nothing.
     """
     shape = (-1, *[1] * (rewards.dim() - 2))
     steps, alive = steps.view(shape), (~terminated).view(shape)
@@ -202,6 +202,17 @@ def add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: flo
     for parameter, gradient in pairs:
         scaled = gradient * scale
         parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+
+
+def scale_between(frames: Tensor, pixel_range: Tensor) -> Tensor:
+    """Frames scaled to [0, 1] between the darkest and the brightest pixel, `pixel_range` (2,), of the whole frame.
+
+    While nothing was seen, which is where the first is above the second, those are 0 and 255.
+    """
+    nothing_seen = pixel_range[0] > pixel_range[1]
+    low, high = torch.where(nothing_seen, pixel_range.flip(0), pixel_range)
+    scaled: Tensor = (frames.float() - low) / (high - low).clamp(min=1)
+    return scaled
 
 
 def pixel_changes(frames: Tensor) -> Tensor:

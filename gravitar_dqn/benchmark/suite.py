@@ -5,110 +5,42 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gravitar_dqn import peers, training
-from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import BenchConfig, UserError
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.benchmark import contenders
+from gravitar_dqn.benchmark.measure import Row, alternate, milliseconds, rows_of, table
+from gravitar_dqn.benchmark.notebook import Notebook
+from gravitar_dqn.benchmark.options import BenchConfig
+from gravitar_dqn.benchmark.stable_baselines import StableBaselines, StablePPO
+from gravitar_dqn.benchmark.worker import Worker, workers
 from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.execution import choose_device, keep_freed_memory
-from gravitar_dqn.replay import ReplayBuffer, available_bytes, bytes_per_transition
-from gravitar_dqn.tracking import FRAMES_PER_STEP, tell, warn
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.execution import choose_device, describe_device, keep_freed_memory
+from gravitar_dqn.memory import available_bytes, bytes_per_transition
+from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.run_dir import commit, versions
+
+log = logging.getLogger(__name__)
 
 FRAME = (84, 84)
 NUM_ACTIONS = 18
 INSTALL_PEERS = ".venv/bin/pip install -c scripts/constraints.txt -e '.[bench]'"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a quantity measured once a round."""
-
-    section: str
-    name: str
-    unit: str
-    values: list[float]
-    against: list[float] = field(default_factory=list)  # the reference's values, round by round
-    higher_is_better: bool = False
-
-    @property
-    def ratios(self) -> list[float]:
-        """How many times better than the reference, round by round."""
-        pairs = zip(self.values, self.against, strict=True) if self.against else []
-        return [value / other if self.higher_is_better else other / value for value, other in pairs]
-
-    def summary(self) -> dict[str, Any]:
-        """Median and quartiles of the values and of the ratios."""
-        told = {"section": self.section, "name": self.name, "unit": self.unit, **spread(self.values)}
-        return told | {f"ratio_{key}": value for key, value in spread(self.ratios).items()}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, lower and upper quartile; nothing of no values."""
-    if not values:
-        return {}
-    low, high = np.percentile(values, [25, 75]).tolist()
-    return {"median": statistics.median(values), "low": low, "high": high}
-
-
-def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each in turn, `rounds` times over; what they return, by name."""
-    values: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
-            values[name].append(candidate())
-    return values
-
-
-def milliseconds(function: Callable[[], object], device: torch.device, repeat: int = 5) -> Callable[[], float]:
-    """A function that gives the time of one call of `function`, averaged over `repeat`."""
-
-    def measure() -> float:
-        wait(device)
-        start = time.perf_counter()
-        for _ in range(repeat):
-            function()
-        wait(device)
-        return 1e3 * (time.perf_counter() - start) / repeat
-
-    for _ in range(5):  # warm up; a CUDA graph is captured at the fourth call
-        function()
-    return measure
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def rows_of(
-    section: str, unit: str, values: Mapping[str, list[float]], reference: str, *, higher_is_better: bool = False
-) -> list[Row]:
-    """A row for each name; the ratios are against `reference`."""
-    against = values[reference]
-    return [
-        Row(section, name, unit, mine, [] if name == reference else against, higher_is_better)
-        for name, mine in values.items()
-    ]
-
-
-# ---------------------------------------------------------------------------------------------- sections
-
-
 def make_agent(settings: BenchConfig, device: torch.device, **changes: Any) -> DQNAgent:
     """An agent of the benchmark's settings, its replay buffer filled with noise."""
-    config = replace(peers.our_config(settings.device, settings.num_envs), **changes)
+    config = replace(contenders.our_config(settings.device, settings.num_envs), **changes)
     torch.manual_seed(config.seed)
     agent = DQNAgent(config, EnvSpec(FRAME, torch.uint8, NUM_ACTIONS), device)
     fill(agent.replay, 3 * settings.num_envs * 8, agent.observe, agent.begin)
@@ -137,12 +69,12 @@ def network_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         "as it runs": make_agent(settings, device),
     }
     rows = []
-    envs, samples = f"ms for {settings.num_envs} environments", f"ms for {peers.BATCH} samples"
+    envs, samples = f"ms for {settings.num_envs} environments", f"ms for {contenders.BATCH} samples"
     for section, unit, name in (
         ("acting", envs, "act"),
-        ("curiosity of a step", envs, "wonder"),
-        ("update of the Q network", samples, "learn"),
-        ("update of the predictor", samples, "distill"),
+        ("curiosity of a step", envs, "compute_int_rewards"),
+        ("update of the Q network", samples, "update_q_network"),
+        ("update of the predictor", samples, "update_predictor"),
     ):
         measured = {key: milliseconds(getattr(agent, name), device) for key, agent in agents.items()}
         rows += rows_of(section, unit, alternate(measured, settings.rounds), "fp32, eager")
@@ -154,7 +86,7 @@ def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
     buffers: dict[int, dict[str, ReplayBuffer]] = {}
     for size in settings.sizes:
         if 2 * size * bytes_per_transition(FRAME, torch.uint8) > 0.8 * available_bytes(device):
-            tell(f"replay: {size} frames twice over do not fit into the memory; left out")
+            log.info(f"replay: {size} frames twice over do not fit into the memory; left out")
             continue
         buffers[size] = {}
         for name, exponent in (("uniform", 0.0), ("priorities", 0.5)):
@@ -164,7 +96,7 @@ def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
     generator = torch.Generator(device).manual_seed(0)
 
     def sample(buffer: ReplayBuffer) -> Callable[[], object]:
-        return lambda: buffer.sample(peers.BATCH, generator)
+        return lambda: buffer.sample(contenders.BATCH, generator)
 
     def put(buffer: ReplayBuffer) -> Callable[[], object]:
         actions = torch.zeros(settings.num_envs, dtype=torch.int64, device=device)
@@ -173,17 +105,17 @@ def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         return lambda: buffer.put(actions, np.zeros(settings.num_envs), no, no, frames, ~no)
 
     def prioritize(buffer: ReplayBuffer) -> Callable[[], object]:
-        positions = torch.nonzero(buffer.weights.view(-1)).squeeze(1)
-        batches = [positions[torch.randint(len(positions), (peers.BATCH,), device=device)] for _ in range(64)]
+        positions = torch.nonzero(buffer.sampling_weights.view(-1)).squeeze(1)
+        batches = [positions[torch.randint(len(positions), (contenders.BATCH,), device=device)] for _ in range(64)]
         turns = itertools.cycle(batches)
-        priorities = torch.rand(peers.BATCH, device=device) + 0.1
+        priorities = torch.rand(contenders.BATCH, device=device) + 0.1
         return lambda: buffer.update_priorities(next(turns), priorities)
 
     rows: list[Row] = []
     for operation, make, unit in (
-        ("sample", sample, f"ms for {peers.BATCH} samples"),
+        ("sample", sample, f"ms for {contenders.BATCH} samples"),
         ("put", put, f"ms for {settings.num_envs} environments"),
-        ("new priorities", prioritize, f"ms for {peers.BATCH} samples"),
+        ("new priorities", prioritize, f"ms for {contenders.BATCH} samples"),
     ):
         for kind in ("uniform", "priorities"):
             if (operation == "new priorities" and kind == "uniform") or not buffers:
@@ -200,25 +132,25 @@ def training_rows(settings: BenchConfig) -> list[Row]:
     """Whole training at 1.4 samples a step, against the peers and against our own parts, each alone."""
 
     def ours(**kind: Any) -> tuple[Any, ...]:
-        return (peers.Ours, peers.our_config(settings.device, settings.num_envs, **kind))
+        return (contenders.Ours, contenders.our_config(settings.device, settings.num_envs, **kind))
 
     plain = "ours, the notebook's targets"
     notebook, library = "the notebook's way", "Stable-Baselines3 DQN, no curiosity"
     emulator, networks, parts = "our parts: the emulator", "our parts: the networks", "our parts, one after the other"
     makers: dict[str, tuple[Any, ...]] = {}
     if settings.peers:
-        makers[notebook] = (peers.Notebook, settings.device)
+        makers[notebook] = (Notebook, settings.device)
         if importlib.util.find_spec("stable_baselines3") is not None:
-            makers[library] = (peers.StableBaselines, settings.device)
+            makers[library] = (StableBaselines, settings.device)
         else:
-            warn(f"Stable-Baselines3 is not installed and left out; {INSTALL_PEERS} brings it")
+            log.warning(f"Stable-Baselines3 is not installed and left out; {INSTALL_PEERS} brings it")
     makers[plain] = ours(plain=True)
     if not settings.quick:
         makers["ours, the gravitar preset's targets"] = ours()
         makers["ours, the notebook's targets, no curiosity"] = ours(plain=True, curious=False, max_grad_norm=10.0)
         makers["the same, eager fp32"] = ours(plain=True, curious=False, max_grad_norm=10.0, fast=False)
-    makers[emulator] = (peers.BareEmulator, ours()[1])
-    makers[networks] = (peers.NetworksAlone, ours(plain=True)[1])
+    makers[emulator] = (contenders.BareEmulator, ours()[1])
+    makers[networks] = (contenders.NetworksAlone, ours(plain=True)[1])
     speeds = take_turns(makers, settings)
     speeds[parts] = [1 / (1 / one + 1 / two) for one, two in zip(speeds[emulator], speeds[networks], strict=True)]
 
@@ -236,12 +168,12 @@ def learning_rows(settings: BenchConfig) -> list[Row]:
     """Whole training by the samples learned for each step, as a share of the bare emulator's speed."""
     emulator = "the emulator alone"
     makers: dict[str, tuple[Any, ...]] = {
-        emulator: (peers.BareEmulator, peers.our_config(settings.device, settings.num_envs))
+        emulator: (contenders.BareEmulator, contenders.our_config(settings.device, settings.num_envs))
     }
     for updates in (5, 20):
-        samples = updates * peers.BATCH / peers.STEPS
-        config = peers.our_config(settings.device, settings.num_envs, updates=updates)
-        makers[f"the gravitar preset, {samples:g} samples a step"] = (peers.Ours, config)
+        samples = updates * contenders.BATCH / contenders.STEPS
+        config = contenders.our_config(settings.device, settings.num_envs, updates=updates)
+        makers[f"the gravitar preset, {samples:g} samples a step"] = (contenders.Ours, config)
     speeds = take_turns(makers, settings)
     return rows_of("training against the emulator", "steps/s", speeds, emulator, higher_is_better=True)
 
@@ -250,12 +182,12 @@ def actor_critic_rows(settings: BenchConfig) -> list[Row]:
     """Whole training of RANDAL, of PPO with curiosity and of plain PPO, against Stable-Baselines3's PPO."""
 
     def ours(**kind: Any) -> tuple[Any, ...]:
-        return (peers.Ours, peers.actor_critic_config(settings.device, **kind))
+        return (contenders.Ours, contenders.actor_critic_config(settings.device, **kind))
 
     plain, library = "ours, PPO without curiosity", "Stable-Baselines3 PPO, no curiosity"
     makers: dict[str, tuple[Any, ...]] = {}
     if settings.peers and importlib.util.find_spec("stable_baselines3") is not None:
-        makers[library] = (peers.StablePPO, peers.actor_critic_config(settings.device))
+        makers[library] = (StablePPO, contenders.actor_critic_config(settings.device))
     makers[plain] = ours(curious=False, tasks=False)
     makers["ours, PPO with curiosity"] = ours(tasks=False)
     makers["ours, randal"] = ours()
@@ -267,30 +199,11 @@ def actor_critic_rows(settings: BenchConfig) -> list[Row]:
 def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dict[str, list[float]]:
     """Steps per second of every contender, round by round."""
 
-    def turn(worker: peers.Worker) -> Callable[[], float]:
+    def turn(worker: Worker) -> Callable[[], float]:
         return lambda: worker.turn(settings.seconds).speed
 
-    with peers.workers(makers) as contenders:
+    with workers(makers) as contenders:
         return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds)
-
-
-# ---------------------------------------------------------------------------------------------- telling
-
-
-def table(rows: list[Row]) -> str:
-    """The figures for people."""
-    lines, section = [], ""
-    width = max(len(row.name) for row in rows)
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            lines += ["", f"{section} ({row.unit})", f"  {'':{width}s} {'median':>10s}  {'quartiles':>19s}    ratio"]
-        told = row.summary()
-        line = f"  {row.name:{width}s} {told['median']:10.4g}  {told['low']:8.4g} - {told['high']:8.4g}"
-        if row.ratios:
-            line += f"    {told['ratio_median']:.2f}x ({told['ratio_low']:.2f} - {told['ratio_high']:.2f})"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def run(settings: BenchConfig) -> dict[str, Any]:
@@ -317,17 +230,16 @@ def run(settings: BenchConfig) -> dict[str, Any]:
         "replay": lambda: replay_rows(settings, device),
     }
     for title, measure in sections.items():
-        tell(f"measuring: {title} (since {time.perf_counter() - start:.0f} s)")
+        log.info(f"measuring: {title} (since {time.perf_counter() - start:.0f} s)")
         rows += measure()
     record = {
-        "machine": training.describe_device(device),
+        "machine": describe_device(device),
         "cores": os.cpu_count(),
         "system": platform.platform(),
-        "versions": training.versions(),
-        "commit": training.commit(),
+        "versions": versions(),
+        "commit": commit(),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "samples_per_step": peers.BATCH * peers.UPDATES / peers.STEPS,
-        "frames_per_step": FRAMES_PER_STEP,
+        "samples_per_step": contenders.BATCH * contenders.UPDATES / contenders.STEPS,
         "seconds": time.perf_counter() - start,
         "rows": [row.summary() | {"values": row.values} for row in rows],
     }

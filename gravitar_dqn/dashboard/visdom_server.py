@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, NoReturn
 
-from gravitar_dqn.visdom_files import DashboardError, browser_files, cache_dir, installed_visdom
+from gravitar_dqn.dashboard.visdom_files import DashboardError, browser_files, cache_dir, installed_visdom
 
 if TYPE_CHECKING:
     import tornado.web
@@ -67,10 +67,10 @@ def _start(port: int, wait: float) -> None:
     installed_visdom()
     log = cache_dir() / f"server-{port}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parent.parent.parent), os.environ.get("PYTHONPATH", "")]
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "gravitar_dqn.visdom_server", "--port", str(port), "--background"],
+            [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--port", str(port), "--background"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             cwd=log.parent,
             stdin=subprocess.DEVNULL,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import logging
 import math
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gravitar_dqn.charts import Board, Pane, settings_pane, video_pane
-from gravitar_dqn.visdom_files import DashboardError
+from gravitar_dqn.dashboard.board import Board, Pane, settings_pane, video_pane
+from gravitar_dqn.dashboard.visdom_files import DashboardError
+
+log = logging.getLogger(__name__)
 
 READ_TIMEOUT = 5.0  # seconds; Visdom's own client would wait for ever
 LARGEST_VIDEO = 16 * 2**20  # bytes
@@ -169,7 +171,7 @@ class Dashboard:
     def _complain(self, failures: int, error: Exception) -> None:
         # Once, and only if nothing was ever drawn: a server that is just starting up is no news, nor is one that went.
         if failures == 4 and not self._answered:
-            print(f"warning: the dashboard is not drawn yet: {self._server}: {error or repr(error)}", file=sys.stderr)
+            log.warning("the dashboard is not drawn yet: %s: %s", self._server, error or repr(error))
 
     def _forget_server(self) -> None:
         if self._connection is not None:
@@ -192,7 +194,10 @@ class Dashboard:
         return None
 
     def _start_over(self) -> None:
-        self._board = Board(self._settings)
+        before, self._board = self._board, Board(self._settings)
+        if self._sent and self._connection is not None and self._board.charts != before.charts:
+            # A window's place is when it came: those from before config.json was there would stay in front.
+            self._connection.post("close", {"win": None, "eid": self.environment})
         self._sent.clear()
         for tail in self._tails.values():
             tail.rewind()

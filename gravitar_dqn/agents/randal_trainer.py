@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +14,23 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from gravitar_dqn import checkpoint, training
-from gravitar_dqn import envs as games
-from gravitar_dqn.config import (
-    PUBLISHED_PPO,
-    PPORNDConfig,
-    RANDALConfig,
-    TasksConfig,
-    UserError,
-    differences,
-    load_run,
-    validate,
-)
+from gravitar_dqn.agents.ppo import PPOAgent
+from gravitar_dqn.agents.ppo_parts import check_replay_fits
+from gravitar_dqn.agents.randal import RANDAL
+from gravitar_dqn.config import PPORNDSettings, PPORunConfig, TaskSettings
+from gravitar_dqn.envs import config_of, spec_of
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import keep_freed_memory
-from gravitar_dqn.randal.agent import RANDAL, plan_replay
-from gravitar_dqn.tracking import CsvLog, Episode, Observer, tell, warn
+from gravitar_dqn.files import written_whole
+from gravitar_dqn.logs import show_log
+from gravitar_dqn.loop import Episode, Observer
+from gravitar_dqn.presets import PUBLISHED_PPO
+from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.serialization import SettingError, differences, validate
+from gravitar_dqn.telemetry import CsvLog
+
+log = logging.getLogger(__name__)
 
 NSTEP, GAE = "nstep", "gae"
 
@@ -99,7 +102,7 @@ class Every:
 class Validator:
     """Plays whole games with the present policy and notes their scores in validation.csv. Training waits for it."""
 
-    def __init__(self, config: RANDALTrainerConfig, run: RANDALConfig, agent: RANDAL, envs: Any, path: Path) -> None:
+    def __init__(self, config: RANDALTrainerConfig, run: PPORunConfig, agent: PPOAgent, envs: Any, path: Path) -> None:
         self._config, self._run, self._agent, self._envs = config, run, agent, envs
         self._every = Every(config.validate_freq, agent.global_step)
         self._log = CsvLog(path, ["global_step", "mean", "std", "min", "max"], agent.global_step or None)
@@ -112,14 +115,14 @@ class Validator:
     def validate(self) -> float:
         """The mean score of `num_val_episodes` games."""
         agent, config = self._agent, self._config
-        spec = games.spec_of(self._envs)
+        spec = spec_of(self._envs)
         seed = self._run.seed + agent.global_step
         policy = Policy(self._run, agent.policy, spec, self._envs.num_envs, epsilon=0.0, seed=seed)
         scores = np.array(play_games(self._envs, policy, config.num_val_episodes, seed, config.max_val_steps))
-        told = [f"{value:g}" for value in (scores.mean(), scores.std(), scores.min(), scores.max())]
-        self._log.add([agent.global_step, *told])
+        text = [f"{value:g}" for value in (scores.mean(), scores.std(), scores.min(), scores.max())]
+        self._log.add([agent.global_step, *text])
         self._log.flush()
-        tell(f"validation at step {agent.global_step}: mean score {told[0]} of {len(scores)} games")
+        log.info("validation at step %d: mean score %s of %d games", agent.global_step, text[0], len(scores))
         return float(scores.mean())
 
     def close(self) -> None:
@@ -129,21 +132,19 @@ class Validator:
 class Saver:
     """Copies the policy's weights to a folder every so many steps."""
 
-    def __init__(self, period: int, agent: RANDAL, home: Path) -> None:
+    def __init__(self, period: int, agent: PPOAgent, home: Path) -> None:
         self._every, self._agent, self._home = Every(period, agent.global_step), agent, home
 
     def step(self, episodes: list[Episode]) -> None:
         """Save when it is time; a full disk costs a line, not the run."""
         if self._every.due(self._agent.global_step):
             path = self._home / f"step_{self._agent.global_step:012d}.pt"
-            aside = path.with_suffix(".tmp")
             try:
                 self._home.mkdir(parents=True, exist_ok=True)
-                torch.save(self._agent.policy_state(), aside)
-                aside.replace(path)
+                with written_whole(path) as temporary:
+                    torch.save(self._agent.policy_state(), temporary)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-                aside.unlink(missing_ok=True)
-                warn(f"{path} not written: {error}")
+                log.warning("%s not written: %s", path, error)
 
     def close(self) -> None:
         """Nothing waits."""
@@ -153,7 +154,7 @@ class RANDALTrainer:
     """Trains an agent in environments that are given, and closes them.
 
     Args:
-        envs: a Gymnasium vector environment with NEXT_STEP autoreset, such as `gravitar_dqn.envs.make_envs` gives.
+        envs: a Gymnasium vector environment with NEXT_STEP autoreset, such as `gravitar_dqn.envs.make_envs` returns.
         agent: a `RANDAL` that fits it.
         val_envs: another one, for validations; None: there are none.
         config: the run.
@@ -162,6 +163,7 @@ class RANDALTrainer:
     def __init__(self, envs: Any, agent: RANDAL, val_envs: Any, config: RANDALTrainerConfig) -> None:
         check(config)
         check_fit(envs, agent)
+        check_rollout(envs, config)
         if val_envs is not None:
             check_fit(val_envs, agent)
             if val_envs is envs:
@@ -170,8 +172,8 @@ class RANDALTrainer:
         self.run_config = run_config(envs, agent, config)
         try:
             validate(self.run_config)
-        except UserError as error:
-            raise UserError(in_published_names(str(error))) from None
+        except SettingError as error:
+            raise UserError(f"{PUBLISHED.get(error.name, error.name)} {error.complaint}") from None
         name = f"{self.run_config.env.id.replace('/', '-')}__randal__{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(config.log_dir) / name
 
@@ -180,20 +182,22 @@ class RANDALTrainer:
 
         `resume` is the folder of a run to go on with; its agent and settings must have been made as these were.
         """
-        config, run, agent = self.config, self.run_config, self.agent
+        show_log()
+        config, run = self.config, self.run_config
         state: dict[str, Any] = {}
         if resume is not None:
             self.run_dir = Path(resume)
             if changed := differences(load_run(self.run_dir), run):
-                told = in_published_names("; ".join(changed))
-                raise UserError(f"{resume} was started with other settings, it cannot go on: {told}")
-            state = checkpoint.load(self.run_dir)
+                text = [f"{PUBLISHED.get(name, name)}: {old} -> {new}" for name, (old, new) in changed.items()]
+                raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(text)}")
+            state = checkpoint.load(self.run_dir, resume=True)
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
-        spec = games.spec_of(self.envs)
-        tell(plan_replay(run, spec, agent.device))
-        agent.attach(run, spec)
+        spec, device = spec_of(self.envs), self.agent.device
+        check_replay_fits(run, spec, device)
+        agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
+        agent.tasks.pixel_range = self.agent.pixel_range = self.agent.pixel_range.to(device)
         if state:
             training.restore(agent, state.pop("agent"), self.run_dir)
         further: list[Observer] = []
@@ -225,19 +229,29 @@ def check(config: RANDALTrainerConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
 
 
+def check_rollout(envs: Any, config: RANDALTrainerConfig) -> None:
+    """Raise UserError for a rollout that does not fall into minibatches."""
+    rows = config.nsteps * envs.num_envs
+    if config.num_minibatches > 0 and rows % config.num_minibatches:
+        raise UserError(
+            f"num_minibatches is {config.num_minibatches}: it must divide the {rows} steps of a rollout "
+            "(nsteps times envs.num_envs)"
+        )
+
+
 def check_fit(envs: Any, agent: RANDAL) -> None:
     """Raise UserError for environments that the agent cannot play."""
     mode = envs.metadata.get("autoreset_mode")
     if mode != AutoresetMode.NEXT_STEP:
         raise UserError(f"the environments' autoreset mode is {mode}: it must be AutoresetMode.NEXT_STEP")
-    spec = games.spec_of(envs)
-    if spec.obs_shape != agent.input_size:
+    spec = spec_of(envs)
+    if spec.obs_shape != agent.spec.obs_shape:
         raise UserError(
             f"the environments show {spec.frame_shape}, which makes observations {spec.obs_shape}, but the agent's "
-            f"input_size is {agent.input_size}: single frames, which the replay buffer stacks, or vectors"
+            f"input_size is {agent.spec.obs_shape}: single frames, which the replay buffer stacks, or vectors"
         )
-    if spec.num_actions != agent.num_actions:
-        raise UserError(f"the environments have {spec.num_actions} actions, the agent {agent.num_actions}")
+    if spec.num_actions != agent.spec.num_actions:
+        raise UserError(f"the environments have {spec.num_actions} actions, the agent {agent.spec.num_actions}")
 
 
 # A run's settings by the names that they have here.
@@ -265,48 +279,40 @@ PUBLISHED = {
 }
 
 
-def in_published_names(message: str) -> str:
-    """A message about a run's settings, for somebody who set them here."""
-    for name, published in PUBLISHED.items():
-        message = message.replace(name, published)
-    return message
-
-
-def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> RANDALConfig:
+def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> PPORunConfig:
     """The run's settings as every run has them, in config.json."""
-    weights = agent.tasks.weights
-    return RANDALConfig(
-        env=games.config_of(envs),
+    return PPORunConfig(
+        env=config_of(envs),
         seed=config.seed,
         agent=replace(
             PUBLISHED_PPO,
             num_steps=config.nsteps,
             update_epochs=config.num_epochs,
             num_minibatches=config.num_minibatches,
-            optimizer="rmsprop" if isinstance(agent.optimizer, torch.optim.RMSprop) else "adam",
-            learning_rate=agent.ppo.lr,
-            learning_rate_end=agent.ppo.lr_final,
-            learning_rate_decay=agent.ppo.decay_steps,
-            max_grad_norm=agent.ppo.grad_clip,
+            optimizer=agent.optimizer_name,
+            learning_rate=agent.config.lr,
+            learning_rate_end=agent.config.lr_final,
+            learning_rate_decay=agent.config.decay_steps,
+            max_grad_norm=agent.config.grad_clip,
             gamma=config.gamma,
             gae_lambda=config.lambda_,
-            clip_coef=agent.ppo.policy_clip,
-            ent_coef=agent.ppo.entropy_coeff,
+            clip_coef=agent.config.policy_clip,
+            ent_coef=agent.config.entropy_coeff,
             ext_coef=agent.extr_coeff,
         ),
-        rnd=PPORNDConfig(
+        rnd=PPORNDSettings(
             coef=agent.intr_coeff, gamma=config.gamma_intr, init_steps=config.init_obs_steps, init_updates=0
         ),
-        tasks=TasksConfig(
-            pixel_control=weights["pixel_control"],
-            reward_prediction=weights["reward_prediction"],
-            value_replay=weights["value_replay"],
+        tasks=TaskSettings(
+            pixel_control=agent.weights["pixel_control"],
+            reward_prediction=agent.weights["reward_prediction"],
+            value_replay=agent.weights["value_replay"],
             replay_length=config.replay_length,
             scale_pixels=config.norm_pixel_reward,
             returns="gae" if config.returns == GAE else "nstep",
         ),
         total_steps=config.total_steps,
-        device=agent.ppo.device,
+        device=agent.config.device,
         dashboard="auto" if config.log_scalars else "off",
         video_every=config.render_freq,
     )

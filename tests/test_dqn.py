@@ -11,36 +11,41 @@ import pytest
 import torch
 
 from gravitar_dqn import envs as games
-from gravitar_dqn.agent import DQNAgent
-from gravitar_dqn.config import PRESETS, Config, DQNConfig, EnvConfig, RNDConfig
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import choose_precision
+from gravitar_dqn.loop import play
 from gravitar_dqn.networks import DuelingConvQNetwork
-from gravitar_dqn.training import play
+from gravitar_dqn.presets import PRESETS
 
 CPU = torch.device("cpu")
 
 
-def settings(**changes: Any) -> Config:
-    """A small learner; `changes` go to its DQNConfig."""
-    agent = DQNConfig(
+def settings(**changes: Any) -> DQNRunConfig:
+    """A small learner; `changes` go to its DQNSettings."""
+    agent = DQNSettings(
         network="notebook", policy="online", buffer_size=1_000, learning_starts=100, batch_size=32, train_frequency=4,
         target_network_frequency=100, tau=1.0,
         learning_rate=2e-3, adam_epsilon=1e-8, gamma=0.5, n_step=1, reward_scale=1.0, priority_exponent=0.0,
         epsilon_start=1.0, epsilon_end=1.0, epsilon_ladder=0.0,
     )  # fmt: skip
-    return Config(
-        env=EnvConfig(num_envs=4), agent=replace(agent, **changes), rnd=RNDConfig(coef=0.0), precision="fp32", seed=1
+    return DQNRunConfig(
+        env=EnvSettings(num_envs=4),
+        agent=replace(agent, **changes),
+        rnd=RNDSettings(coef=0.0),
+        precision="fp32",
+        seed=1,
     )
 
 
-def build(config: Config, probe: type) -> tuple[Any, DQNAgent]:
+def build(config: DQNRunConfig, probe: type) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
     return envs, DQNAgent(config, games.spec_of(envs), CPU)
 
 
-def learn(config: Config, probe: type, steps: int) -> DQNAgent:
+def learn(config: DQNRunConfig, probe: type, steps: int) -> DQNAgent:
     envs, agent = build(config, probe)
     for _ in islice(play(envs, agent, config.seed), steps):
         pass
@@ -169,7 +174,7 @@ def test_epsilon_falls_by_the_clock() -> None:
 # ---------------------------------------------------------------- the notebook
 
 
-def notebook(**changes: Any) -> Config:
+def notebook(**changes: Any) -> DQNRunConfig:
     base = PRESETS["notebook"]
     return replace(base, agent=replace(base.agent, **changes))
 
@@ -233,7 +238,7 @@ def test_notebook_stack_repeats_the_first_frame() -> None:
 
 def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns() -> None:
     config = replace(
-        settings(n_step=2), rnd=RNDConfig(coef=0.5, learning_rate=1e-3, update_frequency=1, init_updates=5)
+        settings(n_step=2), rnd=RNDSettings(coef=0.5, learning_rate=1e-3, update_frequency=1, init_updates=5)
     )
     envs, agent = build(config, probes.DelayedReward)
     loop = play(envs, agent, 1)
@@ -249,13 +254,13 @@ def test_bonuses_of_sampled_transitions_are_refreshed_and_the_predictor_learns()
     batch = agent.replay.sample(32, torch.Generator().manual_seed(0))
     stored = batch.int_rewards.gather(1, batch.steps[:, None] - 1).squeeze(1)
     with torch.no_grad():
-        today = agent.rnd.errors(batch.next_obs)
+        today = agent.rnd.bonus(batch.next_obs)
     # what was computed long ago, when it was played, would be many times larger
     assert stored.mean() < 5 * today.mean() + 1e-3
 
 
 def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
-    config = replace(settings(reward_scale=0.01, n_step=2), rnd=RNDConfig(coef=0.5, init_updates=5))
+    config = replace(settings(reward_scale=0.01, n_step=2), rnd=RNDSettings(coef=0.5, init_updates=5))
     envs, agent = build(config, probes.DelayedReward)
     for _ in islice(play(envs, agent, 1), 20):
         pass
@@ -275,7 +280,9 @@ def test_learned_reward_is_scaled_score_plus_weighted_bonus() -> None:
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])
 def test_a_loaded_agent_goes_on_as_the_saved_one(variant: str, tmp_path: Any) -> None:
-    base = replace(settings(n_step=2, priority_exponent=0.5), rnd=RNDConfig(coef=0.5, variant=variant, init_updates=5))
+    base = replace(
+        settings(n_step=2, priority_exponent=0.5), rnd=RNDSettings(coef=0.5, variant=variant, init_updates=5)
+    )
     envs, agent = build(base, probes.Both)
     for _ in islice(play(envs, agent, 1), 120):
         pass
@@ -320,7 +327,7 @@ def test_precision_is_chosen_by_the_device_and_can_be_forced(monkeypatch: pytest
 
 
 def test_one_bf16_step_gives_every_parameter_its_gradient() -> None:
-    config = replace(settings(n_step=3, max_grad_norm=0.0), rnd=RNDConfig(coef=0.5, update_frequency=1))
+    config = replace(settings(n_step=3, max_grad_norm=0.0), rnd=RNDSettings(coef=0.5, update_frequency=1))
     grads = {}
     for precision in ("fp32", "bf16"):
         envs, agent = build(replace(config, precision="fp32"), probes.Remember)
@@ -330,8 +337,8 @@ def test_one_bf16_step_gives_every_parameter_its_gradient() -> None:
         # Keep the gradients of one step, change nothing.
         agent.optimizer.step = agent.rnd_optimizer.step = lambda: None
         agent.generator.manual_seed(3)
-        agent.learn()
-        agent.distill()
+        agent.update_q_network()
+        agent.update_predictor()
         modules = {"q": agent.q_network, "rnd": agent.rnd.predictor}
         grads[precision] = {f"{m}.{n}": p.grad for m, module in modules.items() for n, p in module.named_parameters()}
     assert grads["fp32"].keys() == grads["bf16"].keys()
@@ -427,7 +434,7 @@ def test_the_network_that_plays_is_the_one_that_is_kept_to_play(policy: Any, nam
         torch.testing.assert_close(agent.policy_state()[key], value)
     agent._epsilons.zero_()
     agent._obs.normal_()
-    agent._choose()
+    agent._select_actions()
     assert agent._actions.tolist() == getattr(agent, name)(agent._obs).argmax(1).tolist()
 
 

@@ -5,68 +5,89 @@ Shapes: W windows of n steps, A actions, D features of the trunk. A window ends 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gravitar_dqn import returns
-from gravitar_dqn.config import RANDALConfig
-from gravitar_dqn.randal.networks import PixelControl, PPOIntrinsic, RewardPrediction
+from gravitar_dqn import functional
+from gravitar_dqn.config import PPORunConfig, TaskSettings
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.networks import ActorCritic, PixelControl, RewardPrediction
 from gravitar_dqn.replay import ReplayBuffer, Windows
 
 TASKS = ("pixel_control", "reward_prediction", "value_replay")
 
 
-def task_weights(config: RANDALConfig) -> dict[str, float]:
+def task_weights(settings: TaskSettings) -> dict[str, float]:
     """The weight of each of TASKS."""
-    return {name: float(getattr(config.tasks, name)) for name in TASKS}
+    return {name: float(getattr(settings, name)) for name in TASKS}
+
+
+def make_task_heads(weights: Mapping[str, float], spec: EnvSpec, features: int) -> nn.ModuleDict:
+    """The heads of the tasks that have a weight and need one, on a trunk with so many features."""
+    heads = nn.ModuleDict()
+    if weights["pixel_control"] > 0:
+        if spec.kind != "picture":
+            raise UserError(
+                "pixel control needs pictures, not numbers: the preset randal-cartpole, or --tasks.pixel-control 0 "
+                "(from Python: PC=0), goes without it"
+            )
+        heads["pixel_control"] = PixelControl(features, spec.num_actions)
+    if weights["reward_prediction"] > 0:
+        heads["reward_prediction"] = RewardPrediction(features)
+    return heads
 
 
 class AuxiliaryTasks(nn.Module):
-    """The tasks' heads and losses. They share the policy's trunk, and their gradients shape it.
+    """The tasks' losses. They share the policy's trunk, and their gradients shape it.
 
     Args:
-        weights: of each of TASKS; 0 builds no head and does no work.
+        config: the run's settings.
         policy: whose trunk, and whose value of the score, they learn.
+        heads: of the tasks that need one.
+        replay: where they sample from.
+        generator: their random numbers.
     """
 
     pixel_range: Tensor
 
-    def __init__(self, weights: dict[str, float], policy: PPOIntrinsic, num_actions: int) -> None:
+    def __init__(
+        self,
+        config: PPORunConfig,
+        policy: ActorCritic,
+        heads: nn.ModuleDict,
+        replay: ReplayBuffer,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
-        self.weights = weights
+        self.config, self.replay, self.generator, self.heads = config, replay, generator, heads
+        self.weights = task_weights(config.tasks)
         self._policy = [policy]  # in a list, so that its parameters are not counted twice
-        self.heads = nn.ModuleDict()
-        if weights["pixel_control"] > 0:
-            self.heads["pixel_control"] = PixelControl(policy.dense_size, num_actions)
-        if weights["reward_prediction"] > 0:
-            self.heads["reward_prediction"] = RewardPrediction(policy.dense_size)
         self.register_buffer("pixel_range", torch.tensor([255.0, 0.0]))  # darkest and brightest pixel seen
 
     @property
-    def policy(self) -> PPOIntrinsic:
+    def names(self) -> tuple[str, ...]:
+        """The tasks that have a weight; the others do no work."""
+        return tuple(name for name in TASKS if self.weights[name] > 0)
+
+    @property
+    def policy(self) -> ActorCritic:
         """The network they help."""
         return self._policy[0]
 
-    def attach(self, config: RANDALConfig, replay: ReplayBuffer, generator: torch.Generator) -> None:
-        """Get ready for a run: where to sample from, and with which random numbers."""
-        self.config, self.replay, self.generator = config, replay, generator
-
     @torch.no_grad()
-    def see(self, frames: Tensor) -> None:
+    def update_pixel_range(self, frames: Tensor) -> None:
         """Take frames into the range of pixels."""
         low, high = frames.aminmax()
         self.pixel_range[0] = torch.minimum(self.pixel_range[0], low)
         self.pixel_range[1] = torch.maximum(self.pixel_range[1], high)
 
     def norm_obs(self, obs: Tensor) -> Tensor:
-        """Frames scaled to [0, 1] by the darkest and the brightest pixel seen; one pair for the whole frame."""
-        nothing_seen = self.pixel_range[0] > self.pixel_range[1]
-        low, high = torch.where(nothing_seen, self.pixel_range.flip(0), self.pixel_range)  # then 0 and 255
-        scaled: Tensor = (obs.float() - low) / (high - low).clamp(min=1)
-        return scaled
+        """Frames scaled to [0, 1] by the darkest and the brightest pixel seen."""
+        return functional.scale_between(obs, self.pixel_range)
 
     def losses(self) -> dict[str, Tensor]:
         """Of every task with a weight, each on samples of its own."""
@@ -75,33 +96,33 @@ class AuxiliaryTasks(nn.Module):
             "reward_prediction": self.reward_prediction_loss,
             "value_replay": self.value_replay_loss,
         }
-        return {name: make[name]() for name in TASKS if self.weights[name] > 0}
+        return {name: make[name]() for name in self.names}
 
     def _windows(self) -> tuple[Windows, Tensor]:
         """Windows for one task, and the trunk's features (W * (n + 1), D) of all their frames."""
         windows = self.replay.windows(self.config.tasks.num_windows, self.generator)
-        return windows, self.policy.trunk(self.replay.stacks(windows.positions.view(-1)))
+        return windows, self.policy.trunk(self.replay.stacks(windows.indices.view(-1)))
 
     def pixel_rewards(self, windows: Windows) -> Tensor:
         """What every step of windows changed in each cell of 4x4 pixels, (W, n, 21, 21)."""
-        frames = self.replay.frames[windows.positions]  # (W, n + 1, 84, 84)
+        frames = self.replay.frames[windows.indices]  # (W, n + 1, 84, 84)
         scaled = self.norm_obs(frames) if self.config.tasks.scale_pixels else frames.float() / 255
-        return returns.pixel_changes(scaled)
+        return functional.pixel_changes(scaled)
 
     def pixel_control_loss(self) -> Tensor:
         """Q-learning of the pixel changes in every cell, over n steps."""
         windows, features = self._windows()
         q_values = self.heads["pixel_control"](features)
-        q_values = q_values.view(*windows.positions.shape, *q_values.shape[1:])  # (W, n + 1, A, 21, 21)
-        targets = returns.window_returns(
+        q_values = q_values.view(*windows.indices.shape, *q_values.shape[1:])  # (W, n + 1, A, 21, 21)
+        targets = functional.window_returns(
             self.pixel_rewards(windows),
             q_values.detach().amax(dim=2)[:, 1:],
             windows.steps,
             windows.terminated,
             self.config.tasks.pixel_gamma,
         )
-        actions = self.replay.actions.view(-1)[windows.positions[:, :-1]].long()
-        return returns.pixel_control_loss(
+        actions = self.replay.actions.view(-1)[windows.indices[:, :-1]].long()
+        return functional.pixel_control_loss(
             q_values[:, :-1].flatten(0, 1), actions.view(-1), targets.flatten(0, 1), windows.inside.float().view(-1)
         )
 
@@ -109,12 +130,12 @@ class AuxiliaryTasks(nn.Module):
         """Mean squared error of the score's value against the windows' returns, bootstrapped by today's network."""
         windows, features = self._windows()
         _, values, _ = self.policy.heads(features)
-        values = values.view(windows.positions.shape)  # (W, n + 1)
+        values = values.view(windows.indices.shape)  # (W, n + 1)
         settings = self.config.agent
-        rewards = returns.learned_rewards(
-            self.replay.rewards.view(-1)[windows.positions[:, :-1]], settings.clip_rewards, settings.reward_scale
+        rewards = functional.learned_rewards(
+            self.replay.rewards.view(-1)[windows.indices[:, :-1]], settings.clip_rewards, settings.reward_scale
         )
-        targets = returns.window_returns(
+        targets = functional.window_returns(
             rewards,
             values.detach()[:, 1:],
             windows.steps,
@@ -123,15 +144,15 @@ class AuxiliaryTasks(nn.Module):
             settings.gae_lambda if self.config.tasks.returns == "gae" else 1.0,
         )
         inside = windows.inside.float().view(-1)
-        return 2 * returns.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
+        return 2 * functional.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
 
     def reward_prediction_loss(self) -> Tensor:
         """Cross-entropy of the next reward's sign; half of the observations come before a reward, half before none."""
         half = self.config.tasks.reward_batch // 2
         rewarded = self.replay.rewards != 0
-        picks = [self.replay.choose(kind, half, self.generator) for kind in (rewarded, ~rewarded)]
-        positions = torch.cat([rows for rows, _ in picks])
+        picks = [self.replay.sample_where(kind, half, self.generator) for kind in (rewarded, ~rewarded)]
+        indices = torch.cat([rows for rows, _ in picks])
         there = torch.cat([found.expand(half) for _, found in picks])  # at first nothing may have been rewarded
-        logits = self.heads["reward_prediction"](self.policy.trunk(self.replay.stacks(positions)))
-        labels = returns.reward_classes(self.replay.rewards.view(-1)[positions])
-        return returns.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there.float())
+        logits = self.heads["reward_prediction"](self.policy.trunk(self.replay.stacks(indices)))
+        labels = functional.reward_classes(self.replay.rewards.view(-1)[indices])
+        return functional.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there.float())

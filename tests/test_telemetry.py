@@ -1,5 +1,6 @@
 """What a run tells: console lines to the letter, and CSV files that hold whole rows whatever the disk does."""
 
+import csv
 import errno
 import math
 import os
@@ -9,11 +10,19 @@ from pathlib import Path
 import pytest
 from run_helpers import rows
 
-from gravitar_dqn import tracking
-from gravitar_dqn.config import PRESETS, Config
-from gravitar_dqn.tracking import METRICS, Console, CsvLog, Episode, Sections, Tracker
+from gravitar_dqn.config import DQNRunConfig
+from gravitar_dqn.logs import show_log
+from gravitar_dqn.loop import Episode
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.telemetry import METRICS, Console, CsvLog, Tracker
 
 COLUMNS = ["global_step", "score"]
+
+
+@pytest.fixture(autouse=True)
+def shown_log() -> None:
+    """Warnings go where a person sees them."""
+    show_log()
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Agent:
     num_updates: int = 0
     epsilon: float = 0.497
     messages: list[str] = field(default_factory=list)
-    filling: int | None = 5156
+    partial_buffer_size: int | None = 5156
     batch_size: int = 128
     metric_names: tuple[str, ...] = ("entropy",)
 
@@ -44,7 +53,7 @@ class TestConsole:
         assert capsys.readouterr().out == "episode: 5, score: 500, epsilon: 0.497, buffer size: 5156\n"
 
     def test_the_buffer_part_is_left_out_once_it_is_full(self, capsys: pytest.CaptureFixture[str]) -> None:
-        Console(Agent(filling=None)).step([game(10, 250.0)])
+        Console(Agent(partial_buffer_size=None)).step([game(10, 250.0)])
         assert capsys.readouterr().out == "episode: 10, score: 250, epsilon: 0.497\n"
 
     def test_episodes_are_numbered_from_0_and_marked_every_100(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,9 +195,11 @@ class TestCsvLog:
         assert rows(tmp_path / "a.csv") == []
 
 
-def make_tracker(tmp_path: Path, agent: Agent, log_seconds: float = 0.0, **kwargs: object) -> Tracker:
-    config = Config(log_seconds=log_seconds, agent=PRESETS["gravitar"].agent)
-    return Tracker(tmp_path, config, agent, **kwargs)  # type: ignore[arg-type]
+def make_tracker(
+    tmp_path: Path, agent: Agent, log_seconds: float = 0.0, frames_per_step: int = 4, **kwargs: object
+) -> Tracker:
+    config = DQNRunConfig(log_seconds=log_seconds, agent=PRESETS["gravitar"].agent)
+    return Tracker(tmp_path, config, agent, frames_per_step, **kwargs)  # type: ignore[arg-type]
 
 
 class TestTracker:
@@ -231,6 +242,26 @@ class TestTracker:
         assert math.isnan(row["rnd_loss"])
         assert row["sps"] > 0
         assert (tmp_path / "episodes.csv").read_text().splitlines()[1:] == ["7,100,7", "8,-21.5,8"]
+
+    def test_frames_are_steps_where_there_is_no_emulator(self, tmp_path: Path) -> None:
+        agent = Agent()
+        tracker = make_tracker(tmp_path, agent, frames_per_step=1)
+        agent.global_step = 8
+        tracker.step([])
+        assert rows(tmp_path / "metrics.csv")[-1]["frames"] == 8
+
+    def test_a_cell_that_an_agent_has_nothing_for_is_empty(self, tmp_path: Path) -> None:
+        agent = Agent()
+        agent.metrics = lambda: {"td_loss": math.nan, "entropy": 0.75}  # type: ignore[method-assign]
+        tracker = make_tracker(tmp_path, agent)
+        agent.global_step = 8
+        tracker.step([])
+        with (tmp_path / "metrics.csv").open(newline="") as file:
+            (row,) = csv.DictReader(file, strict=True)
+        assert {name for name, cell in row.items() if cell == ""} == {
+            "int_reward_mean", "epsilon", "rnd_loss", "q_mean", "buffer_fill", "int_reward_max"
+        }  # fmt: skip
+        assert (row["td_loss"], row["entropy"], row["global_step"]) == ("nan", "0.75", "8")
 
     def test_before_the_first_game_there_is_no_score(self, tmp_path: Path) -> None:
         agent = Agent()
@@ -301,32 +332,4 @@ def test_resume_keeps_rows_of_a_version_with_fewer_columns(tmp_path: Path) -> No
     path = tmp_path / "metrics.csv"
     path.write_text("global_step,sps\n10,5\n20,6\n")
     CsvLog(path, ["global_step", "new", "sps"], last_step=10)
-    assert path.read_text() == "global_step,new,sps\n10,nan,5\n"
-
-
-# ---------------------------------------------------------------- where the time goes
-
-
-def test_sections_add_up_the_time_of_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 2.0, 2.0, 5.0, 5.0, 6.0])
-    waited = []
-    sections = Sections(lambda: waited.append(1))
-    with monkeypatch.context() as patched:
-        patched.setattr(tracking.time, "perf_counter", lambda: next(now))
-        for name in ("act", "learn", "act"):
-            with sections(name):
-                pass
-    assert sections.seconds == {"act": 3.0, "learn": 3.0} and len(waited) == 3
-    title, *lines = sections.table(1_000).splitlines()
-    assert title == "where the time went, 1000 steps:"
-    assert [line.split() for line in lines] == [
-        ["act", "3.00", "s", "50.0%", "3000.0", "us", "a", "step"],
-        ["learn", "3.00", "s", "50.0%", "3000.0", "us", "a", "step"],
-    ]
-
-
-def test_a_section_that_fails_is_counted_too() -> None:
-    sections = Sections()
-    with pytest.raises(KeyError), sections("act"):
-        raise KeyError
-    assert sections.seconds["act"] >= 0
+    assert path.read_text() == "global_step,new,sps\n10,,5\n"

@@ -8,28 +8,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gravitar_dqn import returns
+from gravitar_dqn import functional
 
 
 def test_window_is_cut_at_the_first_done() -> None:
     dones = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]]).bool()
-    assert returns.window_steps(dones).tolist() == [3, 1, 2, 3]
+    assert functional.window_steps(dones).tolist() == [3, 1, 2, 3]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6))
 def test_window_steps_agree_with_a_loop(dones: list[bool]) -> None:
     expected = next((i + 1 for i, done in enumerate(dones) if done), len(dones))
-    assert returns.window_steps(torch.tensor([dones])).item() == expected
+    assert functional.window_steps(torch.tensor([dones])).item() == expected
 
 
 def test_n_step_return() -> None:
     rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, 0.0, 0.0]])
     # 1 + 0.5 * 2 + 0.25 * 4 = 3
-    assert returns.n_step_returns(rewards, 0.5).tolist() == [3.0, 8.0]
+    assert functional.n_step_returns(rewards, 0.5).tolist() == [3.0, 8.0]
 
 
 def test_targets_bootstrap_unless_terminated() -> None:
-    targets = returns.td_targets(
+    targets = functional.td_targets(
         returns=torch.tensor([1.0, 1.0]),
         steps=torch.tensor([2, 1]),
         terminated=torch.tensor([False, True]),
@@ -41,7 +41,7 @@ def test_targets_bootstrap_unless_terminated() -> None:
 
 
 def test_double_q_values_the_online_choice_with_the_target_network() -> None:
-    targets = returns.td_targets(
+    targets = functional.td_targets(
         returns=torch.tensor([0.0]),
         steps=torch.tensor([1]),
         terminated=torch.tensor([False]),
@@ -54,7 +54,9 @@ def test_double_q_values_the_online_choice_with_the_target_network() -> None:
 
 def test_td_loss_is_hubers_weighted() -> None:
     q_values = torch.tensor([[0.0, 1.0], [4.0, 0.0]], requires_grad=True)
-    loss, errors = returns.td_loss(q_values, torch.tensor([1, 0]), torch.tensor([1.5, 1.0]), torch.tensor([1.0, 0.5]))
+    loss, errors = functional.td_loss(
+        q_values, torch.tensor([1, 0]), torch.tensor([1.5, 1.0]), torch.tensor([1.0, 0.5])
+    )
     # errors 0.5 and -3: 0.5 * 0.25 = 0.125, and 0.5 * (3 - 0.5) = 1.25; the mean is 0.6875
     assert loss.item() == pytest.approx(0.6875)
     assert errors.tolist() == [0.5, -3.0]
@@ -67,44 +69,44 @@ def test_td_loss_is_hubers_weighted() -> None:
 def test_a_gradient_is_added_clipped_alone_and_weighed() -> None:
     a, b, c = (torch.nn.Parameter(torch.tensor(value)) for value in (3.0, 4.0, 5.0))
     a.grad = torch.tensor(1.0)
-    returns.add_gradient(0.5 * (a**2 + b**2), [a, b, c], max_norm=1.0, weight=0.5)  # gradient (3, 4), of length 5
+    functional.add_gradient(0.5 * (a**2 + b**2), [a, b, c], max_norm=1.0, weight=0.5)  # gradient (3, 4), of length 5
     assert a.grad.item() == pytest.approx(1 + 0.5 * 3 / 5) and b.grad.item() == pytest.approx(0.5 * 4 / 5)
     assert c.grad is None
-    returns.add_gradient(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
+    functional.add_gradient(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
     assert b.grad.item() == pytest.approx(0.4 + 2 * 4)
 
 
 def test_importance_weights() -> None:
-    weights = returns.importance_weights(torch.tensor([0.1, 0.4]).double(), 0.5)
+    weights = functional.importance_weights(torch.tensor([0.1, 0.4]).double(), 0.5)
     # 0.1^-0.5 = 3.1623 is the largest; 0.4^-0.5 = 1.5811
     torch.testing.assert_close(weights, torch.tensor([1.0, 0.5]))
 
 
 def test_masked_mean_of_nothing_is_zero() -> None:
     values = torch.tensor([2.0, 4.0])
-    assert returns.masked_mean(values, torch.tensor([1.0, 0.0])).item() == 2.0
-    assert returns.masked_mean(values, torch.zeros(2)).item() == 0.0
+    assert functional.masked_mean(values, torch.tensor([1.0, 0.0])).item() == 2.0
+    assert functional.masked_mean(values, torch.zeros(2)).item() == 0.0
 
 
 def test_epsilon_of_the_notebook() -> None:
     end = torch.tensor(0.02, dtype=torch.float64)
-    epsilon = [returns.linear_schedule(0.5, end, 960, episode).item() for episode in (0, 1, 5, 960, 5000)]
+    epsilon = [functional.linear_schedule(0.5, end, 960, episode).item() for episode in (0, 1, 5, 960, 5000)]
     assert epsilon == pytest.approx([0.5, 0.4995, 0.4975, 0.02, 0.02])
 
 
 def test_ladder_of_epsilons() -> None:
     # Horgan 2018: 0.4 ^ (1 + 7 * i / (N - 1))
-    ladder = returns.epsilon_ladder(0.4, 3, 7.0)
+    ladder = functional.epsilon_ladder(0.4, 3, 7.0)
     torch.testing.assert_close(ladder, torch.tensor([0.4, 0.4**4.5, 0.4**8]).double())
-    torch.testing.assert_close(returns.epsilon_ladder(0.1, 1, 7.0), torch.tensor([0.1]).double())
-    torch.testing.assert_close(returns.epsilon_ladder(0.1, 4, 0.0), torch.full((4,), 0.1).double())
+    torch.testing.assert_close(functional.epsilon_ladder(0.1, 1, 7.0), torch.tensor([0.1]).double())
+    torch.testing.assert_close(functional.epsilon_ladder(0.1, 4, 0.0), torch.full((4,), 0.1).double())
 
 
 def test_epsilon_greedy_explores_each_environment_at_its_own_rate() -> None:
     num, epsilon = 3, torch.tensor([0.0, 0.5, 1.0])
     generator = torch.Generator().manual_seed(0)
     q_values = torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(num, -1)
-    actions = torch.stack([returns.epsilon_greedy(q_values, epsilon, generator) for _ in range(4000)])
+    actions = torch.stack([functional.epsilon_greedy(q_values, epsilon, generator) for _ in range(4000)])
     greedy = (actions == 2).float().mean(0).tolist()
     assert greedy[0] == 1.0
     # 1 - epsilon * 3/4; four standard deviations of 4000 draws are below 0.03

@@ -1,0 +1,230 @@
+"""What agents share: clocks, the way of a step into the replay buffer, captured functions, named metrics, and state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from line_profiler import profile
+from torch import Tensor, nn
+
+from gravitar_dqn.charts import Layout
+from gravitar_dqn.config import DQNSettings, PPOSettings, RunConfig
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.execution import choose_execution, choose_precision, prepare, restore_generator
+from gravitar_dqn.replay import Bools, ReplayBuffer
+
+Array = npt.NDArray[Any]
+
+CLOCKS = ("global_step", "episodes", "num_updates")
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What an agent makes of one observation, for the panel beside a film."""
+
+    title: str  # of the values
+    values: npt.NDArray[np.float32]  # (A,), one for each action
+    bonus: float | None = None  # the predictor's error; None without curiosity
+    cells: npt.NDArray[np.float32] | None = None  # (21, 21), the pixel control map
+
+
+Look = Callable[[Tensor], Insight]
+
+
+@dataclass(frozen=True)
+class AgentEntry:
+    """An agent as the rest of the package sees it. Its settings are those of the run's configuration."""
+
+    make: Callable[[Any, EnvSpec, torch.device], Any]
+    """(config, spec, device) -> an agent that the loop can play and train."""
+    make_policy: Callable[[Any, EnvSpec], nn.Module]
+    """(config, spec) -> the network that acts, with fresh weights; those of `policy_state` fit it."""
+    action_scores: Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+    """(that network, obs (N, *obs_shape), random numbers) -> (N, A); the action is the one with the largest."""
+    charts: Callable[[Any, int], Layout]
+    """(config, emulator frames in a step) -> what the dashboard draws."""
+    make_look: Callable[[Any, EnvSpec, nn.Module, Mapping[str, Any] | None], Look]
+    """(config, spec, the network that acts, a checkpoint's state or None) -> what is shown beside a film."""
+
+
+class Stateful(Protocol):
+    """Something whose state a checkpoint holds, such as a network or an optimizer."""
+
+    def state_dict(self) -> Any:
+        """Its state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take over what `state_dict` returned."""
+
+
+class Means:
+    """Means of named values between two log ticks, summed on the device: adding to them never waits for it.
+
+    Args:
+        names: what is averaged, all over the same count.
+        device: where the values are computed.
+        largest: a further name, of which the largest value is kept.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, largest: str = "") -> None:
+        self.names = (*names, largest) if largest else tuple(names)
+        self._averaged, self._largest = tuple(names), largest
+        self._sums = torch.zeros(len(self._averaged) + 1, device=device)  # the last one is the count
+        self._max = torch.full((), -torch.inf, device=device)
+
+    def add(self, values: Mapping[str, Tensor], count: Tensor | None = None) -> None:
+        """Take in values, scalars; or the sums of `count` values, a scalar."""
+        count = torch.ones_like(self._max) if count is None else count.float()
+        self._sums += torch.stack([*(values[name].detach().float() for name in self._averaged), count])
+        if self._largest:
+            self._max.copy_(torch.maximum(self._max, values[self._largest].float()))
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, NaN where nothing was added."""
+        *sums, count, largest = torch.cat([self._sums, self._max[None]]).tolist()  # this is a CPU-GPU sync point
+        self._sums.zero_()
+        self._max.fill_(-torch.inf)
+        means = {name: total / count if count else math.nan for name, total in zip(self._averaged, sums, strict=True)}
+        return means | ({self._largest: largest if math.isfinite(largest) else math.nan} if self._largest else {})
+
+
+class BaseAgent:
+    """An agent that learns from a replay buffer.
+
+    Networks work in functions that take and return nothing, on tensors that stay where they are, so that a CUDA graph
+    can hold each of them. Nothing reads a number back from the device but `metrics`, at a log tick.
+
+    Args:
+        config: the run's settings.
+        spec: what the environments show and take.
+        device: where networks, replay and all statistics live.
+        replay: where every step goes.
+    """
+
+    learns_while_playing = False
+    batch_size: int  # samples in a gradient step
+
+    def __init__(self, config: RunConfig, spec: EnvSpec, device: torch.device, replay: ReplayBuffer) -> None:
+        self.config, self.spec, self.device, self.replay = config, spec, device, replay
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=choose_precision(config.precision, device) == "bf16"
+        )
+        self._graphs = choose_execution(config.execution, device) == "graphs"
+        self._obs = torch.zeros((config.env.num_envs, *spec.obs_shape), dtype=spec.frame_dtype, device=device)
+        self._actions = torch.zeros(config.env.num_envs, dtype=torch.int64, device=device)
+        self._means: list[Means] = []
+        self.messages: list[str] = []  # lines for the console
+        self.global_step = 0  # agent steps played, over all environments
+        self.episodes = 0  # games finished
+        self.num_updates = 0  # gradient steps
+
+    # ---------------------------------------------------------------- playing
+
+    @property
+    def policy(self) -> nn.Module:
+        """The network that acts, is evaluated and filmed."""
+        raise NotImplementedError
+
+    @property
+    def epsilon(self) -> float:
+        """Probability of an action that the policy did not choose."""
+        return 0.0
+
+    @property
+    def partial_buffer_size(self) -> int | None:
+        """Transitions stored while the replay buffer is not full yet; None from then on."""
+        return None if self.replay.full else len(self.replay)
+
+    def begin(self, obs: Array) -> None:
+        """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
+        self.replay.begin(obs)
+        self.replay.latest(out=self._obs)
+
+    @profile
+    def observe(
+        self, actions: Tensor, rewards: Array, terminations: Bools, truncations: Bools, next_obs: Array, played: Bools
+    ) -> None:
+        """Take in one step of every environment; arrays as Gymnasium returns them.
+
+        `played` (num_envs,) is false where the step was the dummy one after a game's end.
+        """
+        self.replay.put(actions, rewards, terminations, truncations, next_obs, played)
+        self.replay.latest(out=self._obs)
+        self.global_step += int(played.sum())
+        self.episodes += int(((terminations | truncations) & played).sum())
+
+    # ---------------------------------------------------------------- learning
+
+    def _scheduled_learning_rate(self, settings: DQNSettings | PPOSettings) -> float:
+        """From learning_rate to learning_rate_end over learning_rate_decay agent steps."""
+        decay = settings.learning_rate_decay
+        done = min(self.global_step / decay, 1.0) if decay > 0 else 0.0
+        return settings.learning_rate + done * (settings.learning_rate_end - settings.learning_rate)
+
+    def _prepared(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
+        """The functions as they run: captured in CUDA graphs, or as they are."""
+        return [prepare(function, self._graphs, self.generator, self.device) for function in functions]
+
+    def _capture(self) -> None:
+        """Decide how optimizers and functions run; with graphs, capture anew, for the tensors of now."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- metrics and state
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in `metrics`."""
+        return (*(name for means in self._means for name in means.names), *self._present_metrics())
+
+    def _present_metrics(self) -> dict[str, float]:
+        """What is no mean: values of now."""
+        return {"buffer_fill": self.replay.fill}
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call, NaN where nothing happened, and values of now."""
+        means = {name: value for group in self._means for name, value in group.take().items()}
+        return means | self._present_metrics()
+
+    def policy_state(self) -> dict[str, Any]:
+        """Weights of the network that acts, for recordings."""
+        return self.policy.state_dict()
+
+    def _parts(self) -> dict[str, Stateful | None]:
+        """All that has a state of its own, by its name in a checkpoint."""
+        raise NotImplementedError
+
+    def _counters(self) -> tuple[str, ...]:
+        """Further integers that a checkpoint holds, by the names of their attributes without the underscore."""
+        return ()
+
+    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
+        """All that learning depends on; the replay buffer only where asked for."""
+        return {
+            **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, f"_{name}") for name in self._counters()},
+            "policy": self.policy_state(),  # one of the parts again; torch stores it once
+            "generator": self.generator.get_state(),
+            "clocks": {name: getattr(self, name) for name in CLOCKS},
+            "replay": self.replay.state_dict() if replay else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned. Then call `begin`."""
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        for name in self._counters():
+            setattr(self, f"_{name}", int(state[name]))
+        for name in CLOCKS:
+            setattr(self, name, int(state["clocks"][name]))
+        restore_generator(self.generator, state["generator"], self.config.seed + self.global_step)
+        if state["replay"] is not None:
+            self.replay.load_state_dict(state["replay"])
+        self._capture()  # the optimizers have new tensors

@@ -1,0 +1,65 @@
+"""What is seen of PPO: its charts, and the panel beside a film."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gravitar_dqn.agents.base import Insight, Look
+from gravitar_dqn.agents.ppo_parts import make_networks
+from gravitar_dqn.charts import BUFFER, INT_REWARD, LOG, ORANGE, SCORE, TO_ZERO, Chart, Layout, Line, speed_chart
+from gravitar_dqn.config import PPORunConfig
+from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.networks import ActorCritic
+from gravitar_dqn.rnd import RND
+
+
+def charts(config: PPORunConfig, frames_per_step: int) -> Layout:
+    """What the dashboard draws."""
+    values = (Line("score", "value_loss_ext"), Line("bonus", "value_loss_int", ORANGE))
+    predicted = (Line("RND predictor", "rnd_loss"), Line("reward prediction", "reward_prediction_loss", ORANGE))
+    replayed = (Line("pixel control", "pixel_control_loss"), Line("value replay", "value_replay_loss", ORANGE))
+    explained = (Line("score", "explained_variance_ext"), Line("bonus", "explained_variance_int", ORANGE))
+    change = (Line("KL", "approx_kl"), Line("clipped share", "clip_fraction", ORANGE))
+    return Layout(
+        (
+            SCORE,
+            INT_REWARD,
+            Chart("int_return", "Return, intrinsic", "discounted return", (Line("mean", "int_return_mean"),)),
+            Chart("policy_loss", "Policy loss", "loss", (Line("loss", "policy_loss"),)),
+            Chart("value_loss", "Value losses", "loss (log)", values, LOG),
+            Chart("predicted", "Prediction losses", "loss (log)", predicted, LOG),
+            Chart("replayed", "Replayed losses", "loss (log)", replayed, LOG),
+            Chart("entropy", "Entropy", "entropy", (Line("entropy", "entropy"),), TO_ZERO),
+            Chart("change", "Change of the policy", "KL divergence, share", change, TO_ZERO),
+            Chart("explained", "Explained variance", "share", explained, {"range": [-1, 1.05]}),
+            speed_chart(frames_per_step),
+            BUFFER,
+        )
+    )
+
+
+def make_look(config: PPORunConfig, spec: EnvSpec, network: nn.Module, state: Mapping[str, Any] | None) -> Look:
+    """Probabilities of the actions and, from a checkpoint's state, bonus and pixel control."""
+    assert isinstance(network, ActorCritic)
+    policy, rnd, heads = network, None, nn.ModuleDict()
+    if state is not None:
+        networks = make_networks(config, spec)
+        heads = networks.heads
+        heads.load_state_dict({k.removeprefix("heads."): v for k, v in state["tasks"].items() if "heads." in k})
+        if networks.rnd is not None:
+            rnd = RND(*networks.rnd, spec, config.env.num_envs, gamma=config.rnd.gamma, init_updates=0)
+            rnd.load_state_dict(state["rnd"])
+
+    @torch.no_grad()
+    def look(obs: Tensor) -> Insight:
+        features = policy.trunk(obs)
+        probabilities = policy.heads(features)[0].softmax(dim=1)[0].numpy()
+        bonus = None if rnd is None else rnd.bonus(obs).item()
+        cells = heads["pixel_control"](features)[0].amax(dim=0).numpy() if "pixel_control" in heads else None
+        return Insight("probability", probabilities, bonus, cells)
+
+    return look

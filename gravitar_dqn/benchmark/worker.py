@@ -1,0 +1,109 @@
+"""Contenders in turn, each in a process of its own: threads, allocator and caches of one do not touch another."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+
+from gravitar_dqn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a contender did when it was its turn."""
+
+    steps: int  # agent steps played
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Steps per second."""
+        return self.steps / self.seconds
+
+
+class Contender(Protocol):
+    """Something that plays and learns."""
+
+    def play(self) -> int:
+        """A short stretch of training; returns the agent steps played."""
+
+
+class Worker:
+    """A contender in its own process."""
+
+    def __init__(self, name: str, make: Callable[..., Contender], *arguments: Any) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> None:
+        """Until it is ready; UserError with its complaint when it could not be made."""
+        self._receive()
+
+    def turn(self, seconds: float) -> Turn:
+        """Let it play for about this long."""
+        self._connection.send(seconds)
+        return cast(Turn, self._receive())
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise UserError(f"{self.name} ended unexpectedly") from None
+        if isinstance(answer, str):
+            raise UserError(f"{self.name}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        """End its process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(connection: Any, make: Callable[..., Contender], arguments: tuple[Any, ...]) -> None:
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # its log is for somebody who trains
+                contender = make(*arguments)
+                contender.play()  # warm up
+            connection.send(None)
+            while True:
+                connection.send(_play_for(contender, connection.recv()))
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
+
+
+def _play_for(contender: Contender, seconds: float) -> Turn:
+    steps, start = 0, time.perf_counter()
+    while True:
+        steps += contender.play()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        passed = time.perf_counter() - start
+        if passed >= seconds:
+            return Turn(steps, passed)
+
+
+@contextlib.contextmanager
+def workers(makers: dict[str, tuple[Any, ...]]) -> Iterator[list[Worker]]:
+    """A ready worker for each name. All are ended at the end."""
+    with contextlib.ExitStack() as closing:
+        made = []
+        for name, (make, *arguments) in makers.items():
+            made.append(Worker(name, make, *arguments))
+            closing.callback(made[-1].close)
+            made[-1].wait()  # all at once they would only get in each other's way
+        yield made

@@ -1,0 +1,1 @@
+"""The live dashboard: charts of a run's files on a Visdom server."""

@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all, and what runs leave behind in CSV and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gravitar_dqn.errors import UserError
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes `path`'s place at the end, and is removed after an error.
+
+    It is flushed to the disk first: a kill or a crash at any moment leaves the file as it was, or whole.
+    """
+    temporary = path.with_suffix(suffix)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a table as JSON."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; UserError when there is none in it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table")
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV file's whole rows; none when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = csv.DictReader(line for line in file if line.endswith("\n"))
+        return [row for row in rows if None not in row and None not in row.values()]
+
+
+def wall_seconds(run_dir: Path) -> float:
+    """Training time so far, by metrics.csv; 0 before there is any."""
+    rows = read_rows(run_dir / "metrics.csv")
+    return float(rows[-1]["wall_seconds"]) if rows else 0.0
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says anything."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith("$ ")), "")

@@ -1,1 +1,0 @@
-"""RANDAL: PPO with curiosity (RND) and UNREAL's auxiliary tasks. Its public names are imported from `gravitar_dqn`."""

@@ -1,0 +1,90 @@
+"""A run's folder: who holds it, and what its run is (`config.json`: settings, versions, commit, device)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import write_json
+from gravitar_dqn.presets import from_dict
+from gravitar_dqn.serialization import to_dict
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder, which is made; UserError while another process does. It ends with its process."""
+    from filelock import FileLock, Timeout  # --help goes without it
+
+    held = FileLock(run_dir / "lock", timeout=0)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise UserError(f"{run_dir} is in use: another process trains in it; stop that first") from None
+    except OSError as error:
+        raise cannot_be_written(run_dir, error) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def holds_other(folder: Path, ours: str) -> bool:
+    """Whether a folder has something in it, a lock beside, but not the file called `ours`."""
+    if folder.is_file():
+        return True
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return bool(there - {"lock"}) and ours not in there
+
+
+def cannot_be_written(run_dir: Path, error: OSError) -> UserError:
+    """What to tell of a folder that takes no files."""
+    return UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}")
+
+
+def write_config(run_dir: Path, config: RunConfig, **facts: Any) -> None:
+    """config.json: all settings, what they ran on, and further facts of this run."""
+    record = {"preset": config.preset, "config": to_dict(config), "versions": versions(), "commit": commit(), **facts}
+    write_json(run_dir / "config.json", record)
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """The configuration in a run's folder (`config.json`); UserError when it is no such folder."""
+    path = run_dir / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not a run's folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(record, dict) or "config" not in record:
+        raise UserError(f"{path} is not a run's configuration")
+    return from_dict(record["config"])
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in "gravitar-dqn torch numpy gymnasium ale-py visdom stable-baselines3".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def commit() -> str:
+    """This source tree's commit, "-dirty" where it was changed; nothing where it is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    return ""
