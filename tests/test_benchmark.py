@@ -23,9 +23,8 @@ from gravitar_dqn.benchmark.contenders import (
     our_config,
 )
 from gravitar_dqn.benchmark.measure import Row, alternate, rows_of, spread, table
-from gravitar_dqn.benchmark.notebook import DuelingHead, Notebook
 from gravitar_dqn.benchmark.options import BenchConfig
-from gravitar_dqn.benchmark.stable_baselines import StableBaselines, StablePPO
+from gravitar_dqn.benchmark.peers import DuelingHead, Notebook, StableBaselines, StablePPO
 from gravitar_dqn.benchmark.worker import Contender, workers
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import make_q_network

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gravitar_dqn import envs as games
 from gravitar_dqn import execution, functional
 from gravitar_dqn.agents.dqn import DQNAgent
-from gravitar_dqn.benchmark.notebook import plain_trunk
+from gravitar_dqn.benchmark.peers import plain_trunk
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
 from gravitar_dqn.encoders import PixelConv2d, conv_trunk, space_to_depth
 from gravitar_dqn.execution import Graphed, choose_execution, choose_precision

@@ -20,9 +20,8 @@ import torch
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.benchmark import contenders
 from gravitar_dqn.benchmark.measure import Row, alternate, milliseconds, rows_of, table
-from gravitar_dqn.benchmark.notebook import Notebook
 from gravitar_dqn.benchmark.options import BenchConfig
-from gravitar_dqn.benchmark.stable_baselines import StableBaselines, StablePPO
+from gravitar_dqn.benchmark.peers import Notebook, StableBaselines, StablePPO
 from gravitar_dqn.benchmark.worker import Worker, workers
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.errors import UserError
