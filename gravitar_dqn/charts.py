@@ -9,7 +9,7 @@ from typing import Literal
 Reduce = Literal["mean", "max", "min"]
 
 # Okabe and Ito's palette, told apart by colour-blind people too.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 LIGHT_BLUE = "#9CC9E5"
 
 

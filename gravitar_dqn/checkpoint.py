@@ -15,9 +15,8 @@ import torch
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import written_whole
 
-VERSION = "0.2.0"  # of this package
-FORMAT = 3  # 2 (version 0.1.0) had other names in the agent's state; 1 the features of convolutions in another order
-PLAYABLE = (2, FORMAT)  # their policy is the same
+FORMAT = 3  # 2 had other names in the replay buffer; 1 the features of convolutions in another order
+READABLE = (2, FORMAT)  # without a replay buffer, and but for DQN's curiosity, 2 holds the same
 
 
 def folder(run_dir: Path) -> Path:
@@ -35,7 +34,7 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     path = home / f"step_{global_step:012d}.pt"
     try:
         with written_whole(path) as temporary:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+            torch.save({"format": FORMAT, **state}, temporary)
         _point_to(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         raise OSError(f"checkpoint not written: {error}") from error
@@ -63,20 +62,12 @@ def mend(run_dir: Path) -> None:
         _point_to(paths[-1])
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu", *, resume: bool = False) -> dict[str, Any]:
-    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours.
-
-    `resume`: to train on, which takes one that this version wrote; older ones can still be played.
-    """
+def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours."""
     path = folder(run_dir) / "latest"
     if not path.exists():
         raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
-    state = read(path.resolve(), device)
-    if resume and state["format"] != FORMAT:
-        raise UserError(
-            f"{run_dir} was written by version 0.1.0 and cannot go on with {VERSION}: it can be evaluated and watched"
-        )
-    return state
+    return read(path.resolve(), device)
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -89,6 +80,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         hint = f"; {others[-1]} is the one before it" if others else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason}){hint}") from None
-    if not isinstance(state, dict) or state.get("format") not in PLAYABLE:
-        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT}; older ones cannot be used)")
+    if not isinstance(state, dict) or state.get("format") not in READABLE:
+        raise UserError(f"{path} is not a checkpoint of this program (formats {READABLE[0]} and {FORMAT})")
+    agent = state.get("agent")
+    if isinstance(agent, dict) and "curiosity" in agent:  # its name in format 2
+        agent["rnd"] = agent.pop("curiosity")
     return state

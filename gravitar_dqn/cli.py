@@ -21,6 +21,7 @@ import tyro
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.run_dir import holds_other, load_run
@@ -192,14 +193,14 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
     from gravitar_dqn import snapshots
-    from gravitar_dqn.evaluation import evaluate, save_result, table
+    from gravitar_dqn.evaluation import evaluate, table
     from gravitar_dqn.execution import choose_device
 
     how: dict[str, Any] = {"episodes": arguments.episodes, "epsilon": arguments.epsilon, "seed": arguments.seed}
     how["device"] = choose_device(arguments.device)
     result = evaluate(trained, **how)
     if arguments.run_dir:
-        save_result(run_dir, result)
+        write_json(run_dir / "eval.json", result)
     print(table(result))
     if arguments.snapshots:
         print(snapshots.table(snapshots.evaluate_snapshots(run_dir, arguments.snapshots, **how)))

@@ -146,7 +146,7 @@ class PPOSettings:
     learning_rate_decay: int = bounded(0)
     """Agent steps over which the learning rate changes linearly; 0: it stays."""
     max_grad_norm: float = bounded(0.5)
-    """Gradients of policy and predictor are clipped to this norm, each; 0 never clips."""
+    """Gradients of policy, predictor and every task are clipped to this norm, each alone; 0 never clips."""
     gamma: float = bounded(0.997, high=1)
     """Discount per step of the score."""
     gae_lambda: float = bounded(0.95, high=1)

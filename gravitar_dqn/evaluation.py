@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +18,6 @@ from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec, frames_per_step, is_atari, make_envs, spec_of, spec_of_game
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.trained import Trained
 
@@ -161,11 +159,6 @@ def evaluate(trained: Trained, *, episodes: int, epsilon: float, seed: int, devi
     scores = play_games(envs, policy, episodes, seed)
     envs.close()
     return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=trained.global_step)
-
-
-def save_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Write a run's eval.json."""
-    write_json(run_dir / "eval.json", result)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -189,8 +189,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------- auxiliary tasks
 
 
-def add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: float, weight: float) -> None:
-    """Add to the parameters' gradients: `weight` times that of `loss`, clipped alone to `max_norm` (0: not clipped)."""
+def task_gradients(
+    loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: float, weight: float
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """`weight` times the gradient of `loss`, clipped alone to `max_norm` (0: never), of each parameter that has one."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     pairs = [
         (parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None
@@ -199,9 +201,7 @@ def add_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: flo
     if max_norm > 0:
         norm = nn.utils.get_total_norm([gradient for _, gradient in pairs])
         scale = weight * (max_norm / (norm + 1e-6)).clamp(max=1)
-    for parameter, gradient in pairs:
-        scaled = gradient * scale
-        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+    return [(parameter, gradient * scale) for parameter, gradient in pairs]
 
 
 def scale_between(frames: Tensor, pixel_range: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gravitar_dqn.config import RNDSettings
-from gravitar_dqn.encoders import scale_pixels
+from gravitar_dqn.encoders import WIDTH, scale_pixels
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.functional import masked_mean
 from gravitar_dqn.networks import IntrinsicNetwork, predictor_class
@@ -244,10 +244,10 @@ class NotebookRND(nn.Module):
         return squares
 
 
-def make_rnd_networks(spec: EnvSpec) -> tuple[nn.Module, nn.Module]:
-    """The frozen network and the predictor of the presets."""
+def make_rnd_networks(spec: EnvSpec, **arguments: int) -> tuple[nn.Module, nn.Module]:
+    """The frozen network and the predictor of the presets, made with further `arguments`."""
     network = predictor_class(spec)
-    return network(spec.newest_shape, trainable=False), network(spec.newest_shape, trainable=True)
+    return tuple(network(spec.newest_shape, trainable=trainable, **arguments) for trainable in (False, True))  # type: ignore[return-value]
 
 
 def make_rnd(spec: EnvSpec, num_envs: int, settings: RNDSettings) -> RND | NotebookRND | None:
@@ -256,5 +256,5 @@ def make_rnd(spec: EnvSpec, num_envs: int, settings: RNDSettings) -> RND | Noteb
         return None
     if settings.variant == "notebook":
         return NotebookRND(spec)
-    networks = make_rnd_networks(spec)
+    networks = make_rnd_networks(spec, dense_size=WIDTH)
     return RND(*networks, spec, num_envs, gamma=settings.gamma, init_updates=settings.init_updates)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import write_json
+from gravitar_dqn.files import read_json, write_json
 from gravitar_dqn.presets import from_dict
 from gravitar_dqn.serialization import to_dict
 
@@ -46,7 +45,7 @@ def holds_other(folder: Path, ours: str) -> bool:
 
 
 def cannot_be_written(run_dir: Path, error: OSError) -> UserError:
-    """What to tell of a folder that takes no files."""
+    """The error of a folder that takes no files."""
     return UserError(f"the run's folder {run_dir} cannot be written: {error.strerror or error}")
 
 
@@ -59,13 +58,10 @@ def write_config(run_dir: Path, config: RunConfig, **facts: Any) -> None:
 def load_run(run_dir: Path) -> RunConfig:
     """The configuration in a run's folder (`config.json`); UserError when it is no such folder."""
     path = run_dir / "config.json"
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} is not a run's folder: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(record, dict) or "config" not in record:
+    if not path.exists():
+        raise UserError(f"{run_dir} is not a run's folder: it has no config.json")
+    record = read_json(path)
+    if "config" not in record:
         raise UserError(f"{path} is not a run's configuration")
     return from_dict(record["config"])
 

@@ -85,7 +85,7 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """What a resume may not change: (before, after) by the name of the setting."""
     after = flatten(to_dict(new))
     return {
-        name: (value, after[name])
+        name: (value, after.get(name))
         for name, value in flatten(to_dict(old)).items()
-        if value != after[name] and name not in FREE_FIELDS
+        if value != after.get(name) and name not in FREE_FIELDS
     }

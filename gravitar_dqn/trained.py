@@ -38,9 +38,7 @@ class Trained:
     config: RunConfig  # of the run that trained it
     weights: dict[str, Tensor]  # of the network that acts
     global_step: int  # agent steps it was trained for
-    state: (
-        dict[str, Any] | None
-    )  # all of the agent in its checkpoint; None for shipped weights and for older checkpoints
+    state: dict[str, Any] | None  # all of the agent in its checkpoint; None for shipped weights and older formats
 
 
 def from_run(run_dir: Path, path: Path | None = None) -> Trained:

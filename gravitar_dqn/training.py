@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -101,16 +100,6 @@ class Checkpointer:
         """The run saves by itself at its end."""
 
 
-@dataclass(frozen=True)
-class Observers:
-    """All that follows a run."""
-
-    console: Console
-    tracker: Tracker
-    checkpointer: Checkpointer
-    every: list[Observer]  # these three and the others, in the order in which they are called
-
-
 @contextlib.contextmanager
 def observe(
     config: RunConfig,
@@ -119,8 +108,8 @@ def observe(
     spec: EnvSpec,
     state: Mapping[str, Any],
     further: Sequence[Observer],
-) -> Iterator[Observers]:
-    """Everything that follows a run, dashboard and films too; closed at the end."""
+) -> Iterator[tuple[Tracker, Checkpointer, list[Observer]]]:
+    """Everything that follows a run, dashboard and films too, in the order of their calls; closed at the end."""
     with contextlib.ExitStack() as closing:
         try:
             write_config(
@@ -145,7 +134,7 @@ def observe(
         every: list[Observer] = [console, tracker, recorder, checkpointer, *further]
         for observer in every:
             closing.callback(observer.close)
-        yield Observers(console, tracker, checkpointer, every)
+        yield tracker, checkpointer, every
 
 
 def build(config: RunConfig) -> tuple[Any, Agent]:
@@ -170,7 +159,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     """
     show_log()
     check_dashboard(config.dashboard, run_dir)
-    state = checkpoint.load(run_dir, resume=True) if resume else {}
+    state = checkpoint.load(run_dir) if resume else {}
     envs, agent = build(config)
     if resume:
         restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
@@ -209,15 +198,15 @@ def run(
     with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
-        observers = closing.enter_context(observe(config, run_dir, agent, spec_of(envs), state, further))
-        tracker, checkpointer = observers.tracker, observers.checkpointer
+        following = observe(config, run_dir, agent, spec_of(envs), state, further)
+        tracker, checkpointer, observers = closing.enter_context(following)
         if not state:
             checkpointer.save()  # from now on a kill leaves something whole to resume from
         timer = Timer(torch.cuda.synchronize if show_times and agent.device.type == "cuda" else None)
         first_step = agent.global_step
         overlap = can_overlap(envs, agent)
         for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, timer=timer):
-            for observer in observers.every:
+            for observer in observers:
                 observer.step(episodes)
             if stop.requested or finished(config, agent, tracker.wall_seconds):
                 break
@@ -239,8 +228,10 @@ def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
     try:
         agent.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint in {run_dir} does not fit this configuration: {reason}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"the checkpoint in {run_dir} does not fit this version ({reason}): the commit in config.json wrote it"
+        ) from None
 
 
 def resume_command(run_dir: Path) -> str:

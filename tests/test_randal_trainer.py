@@ -203,6 +203,14 @@ def test_a_stopped_run_says_how_to_go_on(
     assert f"go on with: RANDALTrainer(...).train(resume='{trainer.run_dir}')" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stack", [1, 3])
+def test_stacks_that_the_replay_buffer_does_not_make_are_refused(tmp_path: Path, stack: int) -> None:
+    agent = RANDAL(NatureCNN, PredictorCNN, (stack, 84, 84), 2, PPOConfig(device="cpu"), PC=0)
+    envs = probes.vector_of(probes.Remember, 2)
+    with pytest.raises(UserError, match=rf"the agent's input_size is \({stack}, 84, 84\)"):
+        RANDALTrainer(envs, agent, None, config(tmp_path))
+
+
 def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     envs = probes.vector_of(probes.Both, 2)
     with pytest.raises(UserError, match="make others for validation"):

@@ -1,6 +1,6 @@
 """The registry: which agent plays a run is decided by the class of its settings, here and nowhere else.
 
-A new agent is a file with an `ENTRY`, a line in REGISTRY, and a preset.
+A new agent is a file with an `ENTRY`, its settings in config.py, a line in REGISTRY, and a preset.
 """
 
 from __future__ import annotations
@@ -22,5 +22,6 @@ REGISTRY: dict[type[RunConfig], str] = {
 
 def entry_of(config: RunConfig) -> AgentEntry:
     """The agent that these settings are for."""
-    entry: AgentEntry = import_module(REGISTRY[type(config)]).ENTRY
+    home = next(REGISTRY[kind] for kind in type(config).__mro__ if kind in REGISTRY)
+    entry: AgentEntry = import_module(home).ENTRY
     return entry

@@ -14,7 +14,7 @@ from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn.charts import Layout
-from gravitar_dqn.config import DQNSettings, PPOSettings, RunConfig
+from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import choose_execution, choose_precision, prepare, restore_generator
 from gravitar_dqn.replay import Bools, ReplayBuffer
@@ -61,6 +61,22 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take over what `state_dict` returned."""
+
+
+class LearningRate(Protocol):
+    """Settings that say how a learning rate changes."""
+
+    @property
+    def learning_rate(self) -> float:
+        """At the start."""
+
+    @property
+    def learning_rate_end(self) -> float:
+        """At the end."""
+
+    @property
+    def learning_rate_decay(self) -> int:
+        """Agent steps in between; 0: it stays."""
 
 
 class Means:
@@ -162,7 +178,7 @@ class BaseAgent:
 
     # ---------------------------------------------------------------- learning
 
-    def _scheduled_learning_rate(self, settings: DQNSettings | PPOSettings) -> float:
+    def _scheduled_learning_rate(self, settings: LearningRate) -> float:
         """From learning_rate to learning_rate_end over learning_rate_decay agent steps."""
         decay = settings.learning_rate_decay
         done = min(self.global_step / decay, 1.0) if decay > 0 else 0.0

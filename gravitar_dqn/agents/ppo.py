@@ -14,7 +14,7 @@ from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn import functional
-from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
+from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, task_weights
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Means, Stateful
 from gravitar_dqn.agents.ppo_parts import (
     MakeOptimizer,
@@ -32,6 +32,12 @@ from gravitar_dqn.execution import prepare_optimizer, set_learning_rate
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
 from gravitar_dqn.replay import Bools, ReplayBuffer
 from gravitar_dqn.rnd import RND, TRAINED_ENVS
+
+METRICS = (
+    *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction".split(),
+    *(f"{task}_loss" for task in TASKS),
+    *"int_return_mean explained_variance_ext explained_variance_int learning_rate".split(),
+)  # of its own, beside those that every run has
 
 
 class PPOAgent(BaseAgent):
@@ -96,6 +102,11 @@ class PPOAgent(BaseAgent):
         self._random_left = config.rnd.init_steps if self.rnd is not None else 0
         self._make_means()
         self._capture()
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Also those of parts that are not built: their columns stay empty."""
+        return tuple(dict.fromkeys([*super().metric_names, *METRICS]))
 
     def _make_means(self) -> None:
         learned = "policy_loss value_loss_ext entropy approx_kl clip_fraction".split()
@@ -240,7 +251,6 @@ class PPOAgent(BaseAgent):
 
     @profile
     def _update_policy(self) -> None:
-        """One gradient step on the minibatch, the auxiliary tasks and the predictor."""
         max_norm, rows = self.config.agent.max_grad_norm, self._minibatch
         with self._autocast:
             loss, metrics = self._policy_loss(rows)
@@ -259,7 +269,10 @@ class PPOAgent(BaseAgent):
             if self.rnd is not None:
                 nn.utils.clip_grad_norm_(self.rnd.predictor.parameters(), max_norm)
         for name, task_loss in task_losses.items():  # each clipped alone, so that none can drown the policy
-            functional.add_gradient(task_loss, learners, max_norm, self.tasks.weights[name])
+            for parameter, gradient in functional.task_gradients(
+                task_loss, learners, max_norm, self.tasks.weights[name]
+            ):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             metrics[f"{name}_loss"] = task_loss
         for optimizer in self._optimizers():
             optimizer.step()

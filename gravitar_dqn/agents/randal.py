@@ -33,7 +33,7 @@ class PPOConfig:
     decay_steps: int = 0
     """Agent steps over which the learning rate changes linearly; 0: it stays."""
     grad_clip: float = 0.5
-    """Gradients of policy and predictor are clipped to this norm, each; 0 never clips."""
+    """Gradients of policy, predictor and every task are clipped to this norm, each alone; 0 never clips."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     entropy_coeff: float = 0.01
@@ -53,7 +53,8 @@ class RANDAL:
         config: how the policy learns.
         pixel_control: whether to build that task; pictures only.
         intr_coeff, extr_coeff: weights of intrinsic and extrinsic advantages; intr_coeff 0 builds no curiosity.
-        RP, VR, PC: weights of reward prediction, value replay and pixel control; 0 builds no head and does no work.
+        RP, VR, PC: weights of the gradients of reward prediction, value replay and pixel control, each clipped alone; 0
+            builds no head and does no work.
         policy_args, RND_args: further arguments of the two classes.
         optim, optim_args: the optimizers' class, and its arguments beside the learning rate.
     """
@@ -78,7 +79,7 @@ class RANDAL:
         optim_args: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.device = config, choose_device(config.device)
-        self.spec = spec_for(input_size, action_size)
+        self.input_size, self.spec = tuple(input_size), spec_for(input_size, action_size)
         self.intr_coeff, self.extr_coeff = intr_coeff, extr_coeff
         self.weights = {
             "pixel_control": PC if pixel_control else 0.0,
@@ -136,8 +137,6 @@ class RANDAL:
 
 def spec_for(input_size: tuple[int, ...], action_size: int) -> EnvSpec:
     """What environments must show for networks of this size."""
-    if len(input_size) == 3:
-        return EnvSpec(input_size[1:], torch.uint8, action_size)
-    if input_size[1:] == (RAM_BYTES,):
+    if len(input_size) == 3 or input_size[1:] == (RAM_BYTES,):
         return EnvSpec(input_size[1:], torch.uint8, action_size)
     return EnvSpec(input_size, torch.float32, action_size)

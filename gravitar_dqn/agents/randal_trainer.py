@@ -190,7 +190,7 @@ class RANDALTrainer:
             if changed := differences(load_run(self.run_dir), run):
                 text = [f"{PUBLISHED.get(name, name)}: {old} -> {new}" for name, (old, new) in changed.items()]
                 raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(text)}")
-            state = checkpoint.load(self.run_dir, resume=True)
+            state = checkpoint.load(self.run_dir)
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
@@ -245,10 +245,10 @@ def check_fit(envs: Any, agent: RANDAL) -> None:
     if mode != AutoresetMode.NEXT_STEP:
         raise UserError(f"the environments' autoreset mode is {mode}: it must be AutoresetMode.NEXT_STEP")
     spec = spec_of(envs)
-    if spec.obs_shape != agent.spec.obs_shape:
+    if spec.obs_shape != agent.input_size:
         raise UserError(
             f"the environments show {spec.frame_shape}, which makes observations {spec.obs_shape}, but the agent's "
-            f"input_size is {agent.spec.obs_shape}: single frames, which the replay buffer stacks, or vectors"
+            f"input_size is {agent.input_size}: single frames, which the replay buffer stacks, or vectors"
         )
     if spec.num_actions != agent.spec.num_actions:
         raise UserError(f"the environments have {spec.num_actions} actions, the agent {agent.spec.num_actions}")

@@ -68,7 +68,7 @@ def our_config(
 
 
 def actor_critic_config(device: str, *, curious: bool = True, tasks: bool = True) -> PPORunConfig:
-    """RANDAL as it was published, with a short random start; without `tasks` and `curious` it is plain PPO."""
+    """RANDAL with the published settings and a short random start; without `tasks` and `curious` it is plain PPO."""
     config = PPORunConfig(env=EnvSettings(id=GAME, num_envs=32), agent=PUBLISHED_PPO, device=device)
     rnd = PPORNDSettings(coef=1.0 if curious else 0.0, init_steps=30, init_updates=0)
     weight = 1.0 if tasks else 0.0
