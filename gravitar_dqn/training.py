@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 # The figures are those of the README.
 PICTURES_ON_A_CPU = (
-    "pictures learn slowly on a CPU. RAM learns faster there: --env.obs-type ram, or the preset gravitar-ram, which "
-    "plays more than twice as many steps a second and learns four times as many samples from each"
+    "pictures learn slowly on a CPU. RAM learns faster there: the preset gravitar-ram plays more "
+    "than twice as many steps a second and learns four times as many samples from each"
 )
 
 
@@ -147,7 +147,7 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     log.info("starting %d games of %s", config.env.num_envs, config.env.id)  # many take some seconds
     envs = make_envs(config.env)
     spec = spec_of(envs)
-    if device.type == "cpu" and spec.kind == "picture" and config.env.id.startswith("ALE/"):
+    if device.type == "cpu" and spec.kind == "picture" and config.preset == "gravitar":
         log.info(PICTURES_ON_A_CPU)
     return envs, entry_of(config).make(config, spec, device)
 
@@ -210,6 +210,8 @@ def run(
                 observer.step(episodes)
             if stop.requested or finished(config, agent, tracker.wall_seconds):
                 break
+        if stop.requested:
+            log.info("stopping: the run is being saved")
         if not checkpointer.save():
             raise UserError(
                 f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"

@@ -237,7 +237,7 @@ def test_a_runs_configuration_is_read_back(tmp_path: Path) -> None:
         (None, "is not a run's folder: it has no config.json"),
         ("", "config.json cannot be read"),
         ('{"config": {', "config.json cannot be read"),
-        ("[]", "config.json is not a run's configuration"),
+        ("[]", "config.json holds no table"),
         ('{"preset": "gravitar"}', "config.json is not a run's configuration"),
         ('{"config": 3}', "setting config is not a table of settings"),
     ],
