@@ -1,47 +1,118 @@
 """A campaign: the GPU tests, the benchmark, then the longest run that the rest of the time allows, and its results.
 
-It is done in calls that are shorter than a device is lent for, each of which goes on where the one before it ended,
-by itself or by a kill. A stage that fails is noted, and the next one follows.
+It is done in calls that are shorter than a device is lent for. Each goes on where the one before it ended, by itself
+or by a kill. A stage is a command in a process of its own; campaign.csv has a row for each that ended, and for each
+call's piece of the training. A stage that fails is noted, and the next one follows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from gravitar_dqn import checkpoint, files, processes
-from gravitar_dqn.campaign_plan import (
-    CUT_SHORT,
-    DONE,
-    FAILED,
-    SKIPPED,
-    CampaignConfig,
-    Stage,
-    State,
-    arguments_of,
-    claim,
-    free_arguments,
-)
-from gravitar_dqn.campaign_table import table
+import tyro
+
+from gravitar_dqn import files, processes, sweep_plan
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.run_dir import claimed
+from gravitar_dqn.serialization import flatten, to_dict
+from gravitar_dqn.sweep_plan import as_options, for_snapshots, label, read_settings
+from gravitar_dqn.telemetry import CsvLog
 
 if TYPE_CHECKING:
     from gravitar_dqn.training import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTE_SECONDS = 2.0  # from one writing of campaign.json to the next
-NO_SNAPSHOTS = "kept no checkpoints of its last sixth"  # from the words of `snapshots`
-TRIES = 2  # calls that may begin a stage other than training
-End = Literal["done", "failed", "cut short", "stopped"]
+COLUMNS = "stage outcome seconds global_step said".split()
+STAGES = ("tests", "benchmark", "train", "weights", "evaluation", "curves")
+USUAL = {"tests": 180.0, "benchmark": 180.0, "weights": 10.0, "curves": 15.0}  # seconds
+DONE, FAILED, CUT_SHORT, SKIPPED, PIECE = "done", "failed", "cut short", "skipped", "a piece"
+ENDLESS = 10**12  # steps: the time ends the run
+# What the campaign sets itself. The rest of the run can be changed with --settings.
+OWN = sweep_plan.OWN | {
+    "preset": "the preset comes first",
+    "seed": "--seed sets it",
+    "device": "--device sets it",
+    **dict.fromkeys(("checkpoint_minutes", "keep_checkpoints"), "it follows from --minutes"),
+}
+QUICK = {  # settings that are at most so large, where the preset has them
+    "env.num_envs": 4,
+    "log_seconds": 0.2,
+    "agent.learning_starts": 200,
+    "agent.buffer_size": 5_000,
+    "agent.batch_size": 32,
+    "agent.num_steps": 16,
+    "rnd.init_steps": 20,
+    "tasks.replay_length": 200,
+    "tasks.num_windows": 2,
+}
+
+
+@dataclass(frozen=True)
+class CampaignConfig:
+    """What a campaign is asked for."""
+
+    preset: tyro.conf.Positional[str] = "gravitar-ram"
+    """What is trained."""
+    dir: Path = Path("runs/campaign")
+    """The campaign's folder; it may be moved to another machine between two calls."""
+    minutes: float = field(default=45.0, metadata={"low": 0.1, "high": 1e6})
+    """Time of the whole campaign, all calls together. Only an evaluation that is slow may exceed it."""
+    piece_minutes: float = field(default=9.0, metadata={"low": 0.25, "high": 1e6})
+    """This call ends before so much time has passed; the next one goes on."""
+    seed: int = 742
+    """Of the run."""
+    settings: str = ""
+    """Settings of the run, "env.num-envs=256 agent.batch-size=1024"."""
+    quick: bool = False
+    """Everything small, to try a campaign on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return self.dir / f"{self.preset}__{self.seed}"
+
+    @property
+    def margin(self) -> float:
+        """Seconds at the end of a call in which nothing is done but saving."""
+        return min(30.0, 6 * self.piece_minutes)
+
+    @property
+    def reserve(self) -> float:
+        """Seconds that are kept for what follows the training. They fit into a call."""
+        return min(9 * self.minutes, 48 * self.piece_minutes)
+
+    @property
+    def least(self) -> float:
+        """Seconds of the shortest training that is worth its start."""
+        return min(60.0, 12 * self.piece_minutes, 6 * self.minutes)
+
+    def needed(self, stage: str) -> float:
+        """Seconds that a stage probably takes; only a call that has just begun starts it with fewer left."""
+        usual = USUAL | {"train": self.least, "evaluation": self.reserve}
+        return usual[stage] * (0.25 if self.quick and stage in USUAL else 1)
+
+
+def arguments_of(options: CampaignConfig) -> list[str]:
+    """Arguments of `train` for a new run, without its folder and what changes from call to call."""
+    preset = get_preset(options.preset)
+    given = {"dashboard": "off", "video_every": "0", "total_steps": str(ENDLESS)}
+    if options.quick:
+        values = flatten(to_dict(preset))
+        given |= {name: str(min(values[name], small)) for name, small in QUICK.items() if name in values}
+    given |= read_settings(options.settings, "--settings", OWN, "a campaign")
+    return [options.preset, *as_options(preset, given), f"--seed={options.seed}"]
 
 
 def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> int:
@@ -49,260 +120,213 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
 
     `read` returns the configuration that arguments of `train` stand for; UserError when they cannot be.
     """
-    began = monotonic() - processes.age()  # on a busy machine the imports take seconds
-    check_here(options, read(arguments_of(options)))
-    from gravitar_dqn.run_dir import holds_other, lock
-    from gravitar_dqn.training import Stop
+    began = monotonic()
+    config = read([*arguments_of(options), f"--device={options.device}"])
+    from gravitar_dqn.training import Stop, check_machine
 
-    if holds_other(options.dir, "campaign.json"):
-        raise UserError(f"{options.dir} exists and is not a campaign's folder: another --dir starts anew")
-    with lock(options.dir):
-        state = claim(options)
-        with Stop() as stop, processes.hang_up_stops():
-            campaign = Campaign(options, state, began, stop)
-            try:
-                campaign.work()
-            finally:
-                campaign.note()
-                (options.dir / "table.md").write_text(told := table(options, state))
-        if state.next is None:
-            print(told, end="")
-            return int(state.failed)
-        left = max(options.minutes - state.seconds / 60, 0)
-        print(
-            f"{'stopped' if stop.requested else 'end of this piece'}; next: {state.next}, {left:.1f} minutes are left"
-        )
-        print(f"the same command goes on: {processes.command_again()}")
-        return 0
-
-
-def check_here(options: CampaignConfig, config: RunConfig) -> None:
-    """Raise UserError for a game or a device that is not on this machine."""
-    from gravitar_dqn.envs import find_game
-    from gravitar_dqn.execution import check_execution, choose_device
-
-    find_game(config.env)
-    check_execution(config.execution, choose_device(options.device))
+    check_machine(config)
+    asked = {name: value for name, value in asdict(options).items() if name not in ("dir", "piece_minutes")}
+    asked["settings"] = label(read_settings(options.settings, "--settings", OWN, "a campaign"))
+    with claimed(options.dir / "campaign.json", asked, "a campaign"), Stop() as stop:
+        campaign = Campaign(options, config, began, stop)
+        campaign.work()
+        (options.dir / "table.md").write_text(text := campaign.table())
+    if (name := campaign.next) is None:
+        print(text, end="")
+        return int(campaign.failed)
+    print(f"{'stopped' if stop.requested else 'end of this piece'}; next: {name}")
+    print(f"the same command goes on: {processes.command_again()}")
+    return 0
 
 
 class Campaign:
     """One call's work on a campaign."""
 
-    def __init__(self, options: CampaignConfig, state: State, began: float, stop: Stop) -> None:
-        self._options, self._state, self._stop = options, state, stop
-        self._began, self._before = began, state.seconds
-        self._noted = began
-        self._end = began + options.piece_seconds - options.margin  # what still runs then is asked to end,
-        self._last = self._end + options.margin / 3  # and then made to; this program starts and ends in the rest
+    def __init__(self, options: CampaignConfig, config: RunConfig, began: float, stop: Stop) -> None:
+        self._options, self._config, self._stop = options, config, stop
+        self._path = options.dir / "campaign.csv"
+        self._log = CsvLog(self._path, COLUMNS, last_step=sys.maxsize)
+        self._end = began + 60 * options.piece_minutes - options.margin  # what still runs then is asked to end,
+        self._last = self._end + options.margin / 3  # and then made to; this program ends in the rest
         self._fresh = True  # nothing was started in this call
         (options.dir / "logs").mkdir(exist_ok=True)
 
-    # ------------------------------------------------------------ time
+    # ------------------------------------------------------------ what is done, and the time it took
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        return [row for row in files.read_rows(self._path) if row["stage"] == name]
+
+    def _outcome(self, name: str) -> str:
+        """Of a stage that has ended; else empty."""
+        return next((row["outcome"] for row in self._rows(name) if row["outcome"] != PIECE), "")
 
     @property
-    def _left(self) -> float:
-        """Seconds of this call."""
-        return self._end - monotonic()
+    def next(self) -> str | None:
+        """The stage that has not ended yet; None when all have."""
+        return next((name for name in STAGES if not self._outcome(name)), None)
 
     @property
-    def _training_left(self) -> float:
-        """Seconds of the campaign that are for training."""
-        used = self._before + monotonic() - self._began
-        return 60 * self._options.minutes - used - self._options.reserve
+    def failed(self) -> bool:
+        """Whether a stage did not end well."""
+        return any(self._outcome(name) in (FAILED, CUT_SHORT) for name in STAGES)
 
-    def note(self) -> None:
-        """Write down the time used so far."""
-        self._noted = monotonic()
-        self._state.seconds = self._before + self._noted - self._began
-        self._state.save(self._options.dir)
+    def _seconds(self, name: str) -> float:
+        """That a stage took so far. Of training that was killed metrics.csv tells."""
+        noted = sum(float(row["seconds"]) for row in self._rows(name))
+        return max(noted, files.wall_seconds(self._options.run_dir)) if name == "train" else noted
+
+    def _note(self, name: str, outcome: str, seconds: float, said: str) -> None:
+        rows = files.read_rows(self._options.run_dir / "metrics.csv")
+        step = rows[-1]["global_step"] if rows else 0
+        self._log.add([name, outcome, f"{seconds:.1f}", step, said or "it printed nothing"])
+        self._log.flush()
+        if outcome != PIECE:
+            print(f"{name}: {outcome} ({said})", flush=True)
 
     # ------------------------------------------------------------ stages
 
     def work(self) -> None:
         """Stage after stage, until the call's time is over."""
-        while (name := self._state.next) is not None and not self._stop.requested:
-            getattr(self, f"_{name}")(self._state.stages[name])
-            self.note()
-            stage = self._state.stages[name]
-            if not stage.outcome:
-                return
-            print(f"{name}: {stage.outcome}{f' ({stage.said})' if stage.said else ''}", flush=True)
+        while (name := self.next) is not None and not self._stop.requested:
+            if not self._fresh and self._end - monotonic() < self._options.needed(name):
+                return  # the next call has more time for it
+            late = name in STAGES[3:] and not self._has_checkpoint()
+            command = "the run has no checkpoint" if late else getattr(self, f"_{name}")()
+            if isinstance(command, str):
+                self._note(name, SKIPPED, 0.0, command)
+            elif name == "train":
+                self._train_on(command)
+            else:
+                self._process(name, command, 12 * self._options.minutes)  # at most a fifth of the campaign
 
-    def _tests(self, stage: Stage) -> None:
+    def _tests(self) -> list[str] | str:
+        """The stage's command, or why it is skipped."""
         from gravitar_dqn.execution import choose_device
 
-        if not (ROOT / "tests" / "test_gpu.py").exists():
-            _ended(stage, SKIPPED, "this is not a clone of the repository")
-        elif choose_device(self._options.device).type != "cuda":
-            _ended(stage, SKIPPED, "no CUDA device")
-        elif importlib.util.find_spec("pytest") is None:
-            _ended(stage, SKIPPED, "pytest is not installed")
-        else:
-            words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
-            self._simple("tests", stage, words, cwd=ROOT, before_training=True)
+        tests = ROOT / "tests"
+        if not (tests / "test_gpu.py").exists():
+            return "this is not a clone of the repository"
+        if choose_device(self._options.device).type != "cuda":
+            return "no CUDA device"
+        if importlib.util.find_spec("pytest") is None:
+            return "pytest is not installed"
+        words = ["-q", "-p", "no:cacheprovider", "-m", "gpu", f"--rootdir={ROOT}", f"-c={ROOT / 'pyproject.toml'}"]
+        return [sys.executable, "-m", "pytest", *words, str(tests)]
 
-    def _benchmark(self, stage: Stage) -> None:
+    def _benchmark(self) -> list[str]:
         words = ["bench", "--quick", f"--device={self._options.device}"]
         words += [f"--json={self._options.dir / 'benchmark.json'}"]
         if self._options.quick:
             words += ["--no-peers", "--rounds=1", "--seconds=0.1", "--num-envs=16", "--sizes", "1000"]
-        self._simple("benchmark", stage, processes.package_command(words), before_training=True)
-        if stage.outcome == DONE:
-            stage.said = "benchmark.json"
+        return processes.package_command(words)
 
-    def _train(self, stage: Stage) -> None:
-        run_dir, least = self._options.run_dir, self._options.least
-        checkpoint.mend(run_dir)
-        if files.wall_seconds(run_dir) and not self._has_checkpoint():
-            raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
-        if self._training_left >= least:
-            span = min(self._training_left, self._left)
-            if span < least and not self._fresh:
-                return
-            stage.tries += 1
-            if not self._train_for(span, stage) and self._training_left >= least:
-                return
-        if not stage.outcome and not self._stop.requested:
-            there = self._has_checkpoint()
-            _ended(stage, DONE if there else FAILED, f"calls: {stage.tries}" if there else "no time was left for it")
+    def _train(self) -> list[str]:
+        from gravitar_dqn import checkpoint
 
-    def _train_for(self, span: float, stage: Stage) -> bool:
-        """Begin the run, or go on with it, for so many seconds; whether it came to an end of its own, good or bad."""
-        run_dir, left = self._options.run_dir, self._training_left
-        free = free_arguments(self._options, files.wall_seconds(run_dir), left, span)
-        words = processes.how_to_train(run_dir, arguments_of(self._options), free)
-        end = self._process(stage, "train", processes.package_command(["train", *words]), span)
-        self._note_machine()
-        line = files.last_line(self._log("train"))
-        if end == "failed" and " is complete (" not in line:
-            _ended(stage, FAILED, line)
-        elif end == "done" and line.startswith("stopped at step"):
-            _ended(stage, FAILED, "another program stopped it")
-        return end in ("done", "failed")
+        run_dir = self._options.run_dir
+        checkpoint.mend(run_dir)  # the folder may have been copied
+        minutes = (self._seconds("train") + self._training_left()) / 60
+        # Starting and saving take time too: the last part begins a little earlier.
+        free = {"total_minutes": f"{minutes:.4f}", **for_snapshots(2 if self._options.quick else 5, 0.9 * minutes)}
+        options = [*as_options(get_preset(self._options.preset), free), f"--device={self._options.device}"]
+        words = processes.how_to_train(run_dir, arguments_of(self._options), options)
+        return processes.package_command(["train", *words])
 
-    def _weights(self, stage: Stage) -> None:
-        from gravitar_dqn import trained
+    def _training_left(self) -> float:
+        """Seconds of the campaign that are for training."""
+        used = sum(self._seconds(name) for name in STAGES)
+        return 60 * self._options.minutes - used - self._options.reserve
 
-        if self._needs_checkpoint(stage):
-            path = self._options.dir / "weights" / f"{self._options.preset}.safetensors"
-            began = monotonic()
-            try:
-                trained.write(trained.from_run(self._options.run_dir), path)
-                _ended(stage, DONE, f"weights/{path.name}")
-            except (UserError, OSError) as error:
-                _ended(stage, FAILED, str(error))
-            stage.seconds += monotonic() - began
+    def _train_on(self, command: Sequence[str]) -> None:
+        """Begin the run, or go on with it, until its time or the call's is over."""
+        if self._training_left() >= self._options.least:
+            self._process("train", command, self._training_left())
+        if not self._outcome("train") and self._training_left() < self._options.least:
+            self._note("train", DONE if self._has_checkpoint() else FAILED, 0.0, self._how_far())
 
-    def _evaluation(self, stage: Stage) -> None:
-        if not self._needs_checkpoint(stage):
-            return
-        words = ["eval", str(self._options.run_dir), f"--episodes={self._options.games}"]
-        words += [f"--snapshots={self._options.snapshots}", f"--device={self._options.device}"]
-        self._simple("evaluation", stage, processes.package_command(words))
-        if stage.outcome == FAILED and NO_SNAPSHOTS in stage.said:  # a run that ended early: it was evaluated
-            _ended(stage, DONE, f"{self._options.run_dir.name}/eval.json; no snapshots")
-        elif stage.outcome == DONE:
-            stage.said = f"{self._options.run_dir.name}/eval.json"
-            newest = (checkpoint.folder(self._options.run_dir) / "latest").resolve()
-            for path in newest.parent.glob("step_*.pt"):  # the others have served, and are most of what travels
-                if path != newest:
-                    path.unlink()
+    def _weights(self) -> list[str]:
+        path = (self._options.dir / "weights" / self._options.preset).resolve()
+        return [sys.executable, "-m", "gravitar_dqn.trained", str(self._options.run_dir), str(path)]
 
-    def _curves(self, stage: Stage) -> None:
-        if not self._needs_checkpoint(stage):
-            return
+    def _evaluation(self) -> list[str]:
+        quick = self._options.quick
+        words = ["eval", str(self._options.run_dir), f"--device={self._options.device}"]
+        words += [f"--episodes={4 if quick else 100}", f"--snapshots={2 if quick else 5}"]
+        return processes.package_command(words)
+
+    def _curves(self) -> list[str]:
         words = ["plot", str(self._options.run_dir), f"--out={self._options.dir / 'curves.png'}"]
-        published = "gravitar" in self._game().lower()
-        words += ["--published"] * published
-        self._simple("curves", stage, processes.package_command(words))
-        if stage.outcome == DONE:
-            stage.said = "curves.png"
-
-    # ------------------------------------------------------------ what they share
-
-    def _simple(
-        self, name: str, stage: Stage, command: Sequence[str], *, cwd: Path | None = None, before_training: bool = False
-    ) -> None:
-        """A stage that is a process: run it, unless it would not fit into this call."""
-        fresh, seconds = self._fresh, self._left
-        if not fresh and seconds < self._options.needed(name):
-            return None
-        if before_training:
-            seconds = min(seconds, self._training_left - self._options.least)
-            if seconds <= 0:
-                return _ended(stage, SKIPPED, "no time was left for it")
-        if stage.tries >= TRIES:
-            return _ended(stage, CUT_SHORT, f"{stage.tries} calls were too short for it")
-        stage.tries += 1
-        end = self._process(stage, name, command, seconds, cwd)
-        line = files.last_line(self._log(name))
-        if end == "stopped":
-            stage.tries -= 1
-        elif end == "cut short" and not before_training and not fresh:
-            return None  # the next call has more time for it
-        else:
-            _ended(stage, end, f"after {stage.seconds:.0f} s" if end == CUT_SHORT else line)
-        return None
-
-    def _process(self, stage: Stage, name: str, command: Sequence[str], seconds: float, cwd: Path | None = None) -> End:
-        """Run a process for at most so many seconds, then interrupt it, which lets it save; what became of it."""
-        print(f"{name}: started, for at most {seconds / 60:.1f} minutes", flush=True)
-        self._fresh = False
-        self.note()  # that it was tried, for whoever comes after a kill
-        began, before = monotonic(), stage.seconds
-        process = processes.start(command, self._log(name), cwd=cwd, dies_with_us=True)
-        interrupted, stopped = False, False
-        try:
-            while process.poll() is None:
-                now = monotonic()
-                stage.seconds = before + now - began
-                if not interrupted and (self._stop.requested or now >= began + seconds):
-                    process.send_signal(signal.SIGINT)
-                    interrupted, stopped = True, self._stop.requested
-                if now >= self._last:
-                    _kill(process)
-                if now >= self._noted + NOTE_SECONDS:
-                    self.note()
-                sleep(0.02)
-        finally:
-            _kill(process)
-            stage.seconds = before + monotonic() - began
-        if interrupted and (process.returncode or name == "train"):  # another may have ended at that very moment
-            return "stopped" if stopped else "cut short"
-        return "done" if process.returncode == 0 else "failed"
-
-    def _log(self, name: str) -> Path:
-        return self._options.dir / "logs" / f"{name}.log"
+        words += ["--published"] * ("gravitar" in self._config.env.id.lower())
+        return processes.package_command(words)
 
     def _has_checkpoint(self) -> bool:
-        return (checkpoint.folder(self._options.run_dir) / "latest").exists()
+        return (self._options.run_dir / "checkpoints" / "latest").exists()
 
-    def _needs_checkpoint(self, stage: Stage) -> bool:
-        """Whether there is one; otherwise the stage is skipped."""
-        checkpoint.mend(self._options.run_dir)
-        if not self._has_checkpoint():
-            _ended(stage, SKIPPED, "the run has no checkpoint")
-        return not stage.outcome
+    # ------------------------------------------------------------ processes
 
-    def _game(self) -> str:
+    def _log_of(self, name: str) -> Path:
+        return self._options.dir / "logs" / f"{name}.log"
+
+    def _process(self, name: str, command: Sequence[str], limit: float) -> None:
+        """Run a stage's process for at most `limit` seconds and the call's time, then interrupt it; note how it ended.
+
+        What was cut short counts as ended, but for training, and where another call has more time for it.
+        """
+        began, fresh, self._fresh = monotonic(), self._fresh, False
+        until = min(began + limit, self._end)
+        print(f"{name}: started, for at most {(until - began) / 60:.1f} minutes", flush=True)
+        process = processes.start(command, self._log_of(name), dies_with_us=True)
+        interrupted = False
+        try:
+            while process.poll() is None:
+                if not interrupted and (self._stop.requested or monotonic() >= until):
+                    process.send_signal(signal.SIGINT)
+                    interrupted = True
+                if monotonic() >= self._last:
+                    break
+                sleep(0.02)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and those that it started
+            process.wait()
+        seconds, line = monotonic() - began, files.last_line(self._log_of(name))
+        if process.returncode == 0 and not (name == "train" and line.startswith("stopped at step")):
+            self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
+        elif name == "train":
+            ended = "" if interrupted else DONE if " is complete (" in line else FAILED
+            self._note(name, ended or PIECE, seconds, self._how_far() if ended != FAILED else line)
+        elif not interrupted:
+            self._note(name, FAILED, seconds, line)
+        elif not self._stop.requested and (fresh or until < self._end):
+            self._note(name, CUT_SHORT, seconds, f"after {seconds:.0f} s")
+
+    # ------------------------------------------------------------ results
+
+    def _how_far(self) -> str:
+        """What the run did so far."""
+        rows = files.read_rows(self._options.run_dir / "metrics.csv")
+        if not rows:
+            return "no time was left for it"
         record = files.read_json(self._options.run_dir / "config.json")
-        return str(record["config"]["env"]["id"])
+        seconds, steps = float(rows[-1]["wall_seconds"]), int(rows[-1]["global_step"])
+        return (
+            f"{steps:,} steps, {int(rows[-1]['frames']):,} frames, {steps / max(seconds, 1e-9):,.0f} steps/s on "
+            f"{record['device']}, commit {record['commit'] or 'unknown'}"
+        )
 
-    def _note_machine(self) -> None:
-        with contextlib.suppress(UserError):  # it ended before it wrote one
-            record = files.read_json(self._options.run_dir / "config.json")
-            for name, seen in (("device", self._state.machines), ("commit", self._state.commits)):
-                if record.get(name) and record[name] not in seen:
-                    seen.append(record[name])
-
-
-def _ended(stage: Stage, outcome: str, said: str) -> None:
-    stage.outcome, stage.said = outcome, said or "it printed nothing"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that still runs, and those it started."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def table(self) -> str:
+        """All that is known so far, as Markdown."""
+        options, lines = self._options, []
+        for name in STAGES:
+            outcome, rows = self._outcome(name), self._rows(name)
+            said = " ".join((rows[-1]["said"] if rows else "").split()).replace("|", r"\|")
+            more = f"; more in logs/{name}.log" * (outcome in (FAILED, CUT_SHORT))
+            minutes = self._seconds(name) / 60
+            lines.append(f"| {name} | {outcome or 'not yet'} | {minutes:.1f} | {said[:160]}{more} |")
+        title = f"# campaign {options.preset} --minutes {options.minutes:g} --seed {options.seed}"
+        title += f' --settings "{options.settings}"' * bool(options.settings) + " --quick" * options.quick
+        lines = [title, "", "| stage | outcome | minutes | |", "|---|---|---|---|", *lines]
+        for name in ("evaluation", "benchmark"):
+            if self._outcome(name) == DONE:
+                lines += ["", f"## {name}", "", "```", self._log_of(name).read_text().strip(), "```"]
+        return "\n".join(lines) + "\n"

@@ -6,7 +6,6 @@ Torch and the games are imported only by what needs them, so that `--help` answe
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import re
 import sys
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import tyro
 
 from gravitar_dqn.benchmark.options import BenchConfig
-from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.config import RunConfig, bounded
+from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
@@ -47,43 +46,53 @@ class TrainArguments:
 
 
 @dataclass(frozen=True)
-class EvaluateArguments:
-    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
+class PlayArguments:
+    """Who plays how many games, and how."""
 
     run_dir: tyro.conf.Positional[str] = ""
     """The run's folder."""
     pretrained: str | None = None
     """Instead of a run: the name of weights that ship with the package."""
-    episodes: int = 100
+    episodes: int = bounded(100, low=1)
     """Games to play."""
-    epsilon: float = 0.001
+    epsilon: float = bounded(0.001, high=1)
     """Probability of a random action."""
-    seed: int = 742
+    seed: int = bounded(742, high=2**30)
     """Seeds the games and the random actions."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(PlayArguments):
+    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
+
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    snapshots: int = 0
+    snapshots: int = bounded(0)
     """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
 
 
 @dataclass(frozen=True)
-class WatchArguments:
+class WatchArguments(PlayArguments):
     """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
 
-    run_dir: tyro.conf.Positional[str] = ""
-    """The run's folder."""
-    pretrained: str | None = None
-    """Instead of a run: the name of weights that ship with the package."""
-    episodes: int = 1
+    episodes: int = bounded(1, low=1)
     """Games to play."""
-    epsilon: float = 0.001
-    """Probability of a random action."""
-    seed: int = 742
-    """Seeds the games and the random actions."""
     video_dir: Path = Path("videos")
     """Recordings go to <video_dir>/<run>/."""
     overlay: bool = False
     """Show beside the game what the agent makes of it: values of the actions, curiosity, RANDAL's pixel control."""
+
+
+@dataclass(frozen=True)
+class DashboardArguments:
+    """A Visdom server on this machine."""
+
+    port: int = bounded(8097, low=1, high=65_535)
+    """Where it listens."""
+    stop: bool = False
+    """Stop the server on the port, also one that training started."""
+    prepare: bool = False
+    """Only fetch the browser files, for a start without internet."""
 
 
 def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
@@ -116,14 +125,14 @@ def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: s
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         tyro.cli(build, args=["--help"], prog=prog, **({} if default is None else {"default": default}))
     known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
-    near = difflib.get_close_matches(option.split("=")[0].replace("_", "-"), known, n=1)
     if option in PRESETS and build is TrainArguments:
         return f"the preset comes first: {prog} {option} [options], and there is only one"
     name = option.split("=")[0].removeprefix("--").replace("-", "_")
     if build is TrainArguments and (owners := [p for p, config in PRESETS.items() if name in flatten(to_dict(config))]):
         return f"{option} is a setting of other presets, which come first: {prog} {owners[0]} {option} ..."
     kind = "option" if option.startswith("-") else "argument"
-    return f"unknown {kind} {option!r}: " + (f"did you mean {near[0]}?" if near else f"{prog} --help lists all")
+    near = did_you_mean(option.split("=")[0].replace("_", "-"), known).strip()
+    return f"unknown {kind} {option!r}: {near or f'{prog} --help lists all'}"
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -185,15 +194,12 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
-    check_games(arguments.episodes, arguments.epsilon, arguments.seed)
-    if arguments.snapshots < 0:
-        raise UserError(f"--snapshots is {arguments.snapshots}: it must be at least 0")
+    check_bounds(arguments, "--")
     run_dir = Path(arguments.run_dir)
     if arguments.snapshots and not arguments.run_dir:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
-    from gravitar_dqn import snapshots
-    from gravitar_dqn.evaluation import evaluate, table
+    from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
     from gravitar_dqn.execution import choose_device
 
     how: dict[str, Any] = {"episodes": arguments.episodes, "epsilon": arguments.epsilon, "seed": arguments.seed}
@@ -203,10 +209,10 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
         write_json(run_dir / "eval.json", result)
     print(table(result))
     if arguments.snapshots:
-        print(snapshots.table(snapshots.evaluate_snapshots(run_dir, arguments.snapshots, **how)))
+        print(snapshot_table(evaluate_snapshots(run_dir, arguments.snapshots, **how)))
 
 
-def load_trained(arguments: EvaluateArguments | WatchArguments, prog: str) -> Trained:
+def load_trained(arguments: PlayArguments, prog: str) -> Trained:
     """The agent that was asked for; UserError unless it is one."""
     run_dir, name = arguments.run_dir, arguments.pretrained
     if (not run_dir) == (name is None):
@@ -223,11 +229,11 @@ def load_trained(arguments: EvaluateArguments | WatchArguments, prog: str) -> Tr
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
-    check_games(arguments.episodes, arguments.epsilon, arguments.seed)
+    check_bounds(arguments, "--")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import load_policy
     from gravitar_dqn.overlay import make_look
-    from gravitar_dqn.recording import VideoError, record_game
+    from gravitar_dqn.recording import record_game
 
     config, network = trained.config, load_policy(trained.config, trained.weights)
     look = make_look(trained, network) if arguments.overlay else None
@@ -235,21 +241,8 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     for i in range(arguments.episodes):
         name = f"step_{trained.global_step}_seed_{arguments.seed + i}"
         path = home / f"{name}{'_overlay' if arguments.overlay else ''}.mp4"
-        try:
-            score = record_game(config, network, path, epsilon=arguments.epsilon, seed=arguments.seed + i, look=look)
-        except VideoError as error:
-            raise UserError(str(error)) from None
+        score = record_game(config, network, path, epsilon=arguments.epsilon, seed=arguments.seed + i, look=look)
         print(f"{path}: score {score:.0f}")
-
-
-def check_games(episodes: int, epsilon: float, seed: int) -> None:
-    """Raise UserError for numbers that no evaluation can use."""
-    if episodes < 1:
-        raise UserError(f"--episodes is {episodes}: it must be at least 1")
-    if not 0 <= epsilon <= 1:
-        raise UserError(f"--epsilon is {epsilon}: it must be between 0 and 1")
-    if not 0 <= seed <= 2**30:
-        raise UserError(f"--seed is {seed}: it must be between 0 and {2**30}")
 
 
 def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
@@ -269,10 +262,12 @@ def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
 def campaign_command(argv: Sequence[str], prog: str = "campaign.py") -> int:
     """`campaign [PRESET] [options]`."""
     from gravitar_dqn import campaign
-    from gravitar_dqn.campaign_plan import CampaignConfig
 
-    description = "Run the GPU tests, the benchmark, and the longest training that the time allows; then evaluate it."
-    options = parse(CampaignConfig, argv, prog, f"{description} The same command again goes on with the next piece.")
+    description = (
+        "Run the GPU tests, the benchmark, and the longest training that the time allows; then evaluate it. "
+        "The same command again goes on with the next piece."
+    )
+    options = parse(campaign.CampaignConfig, argv, prog, description)
     check_bounds(options, "--")
     return campaign.run(options, lambda words: parse_train(words, prog.replace("campaign", "train"))[0].config)
 
@@ -289,9 +284,20 @@ def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
 
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
-    from gravitar_dqn.dashboard.visdom_server import main as serve
+    options = parse(DashboardArguments, argv, prog, "A Visdom server on 127.0.0.1 that works without internet too.")
+    check_bounds(options, "--")
+    from gravitar_dqn.dashboard.visdom_files import browser_files
+    from gravitar_dqn.dashboard.visdom_server import serve, stop_server
 
-    return serve(list(argv))
+    if options.stop:
+        there, where = stop_server(options.port), f"on port {options.port}"
+        print(f"the server {where} is stopped" if there else f"there is no server of this package {where}")
+    elif options.prepare:
+        print(f"browser files are in {browser_files()}")
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            serve(options.port)
+    return 0
 
 
 def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:

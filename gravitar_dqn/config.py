@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import SettingError, UserError
 
 Padding = Literal["zero", "repeat"]
 
@@ -288,10 +288,8 @@ class PPORunConfig(RunConfig):
         """Raise UserError for a rollout that does not fall into minibatches."""
         rows, parts = self.agent.num_steps * self.env.num_envs, self.agent.num_minibatches
         if rows % parts:
-            raise UserError(
-                f"agent.num_minibatches is {parts}: it must divide the {rows} steps of a rollout "
-                "(agent.num_steps times env.num_envs)"
-            )
+            complaint = f"is {parts}: it must divide the {rows} steps of a rollout, of all environments together"
+            raise SettingError("agent.num_minibatches", complaint)
 
 
 FREE_FIELDS = frozenset(

@@ -1,5 +1,24 @@
 """The error that is a user's to mend."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what would do."""
+
+
+class SettingError(UserError):
+    """A setting that cannot work: its name, and what is wrong with it."""
+
+    def __init__(self, name: str, complaint: str) -> None:
+        super().__init__(f"{name} {complaint}")
+        self.name, self.complaint = name, complaint
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "did you mean gravitar? " where something like `word` is known; else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""

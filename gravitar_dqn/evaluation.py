@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,13 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gravitar_dqn import functional
+from gravitar_dqn import checkpoint, functional
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec, frames_per_step, is_atari, make_envs, spec_of, spec_of_game
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.trained import Trained
+from gravitar_dqn.sweep_plan import LAST_PART
+from gravitar_dqn.trained import Trained, from_run
 
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
 
@@ -176,3 +179,57 @@ def table(result: dict[str, Any]) -> str:
     if result["human_normalized"] is not None:
         rows.append(("human-normalized", f"{100 * result['human_normalized']:.1f} %"))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
+
+
+# ---------------------------------------------------------------- how stable a policy is
+
+
+def late_checkpoints(run_dir: Path, count: int) -> list[Path]:
+    """`count` checkpoints evenly spaced over the last sixth of the training time, oldest first; fewer where they lack.
+
+    The newest is not among them: that is the one which `evaluate` plays.
+    """
+    newest = (checkpoint.folder(run_dir) / "latest").resolve()
+    paths = [path for path in newest.parent.glob("step_*.pt") if path != newest]
+    seconds = {path: _wall_seconds(path) for path in paths}
+    end = _wall_seconds(newest)
+    spacing = end * LAST_PART / count
+    chosen: dict[Path, None] = {}
+    for target in (end - i * spacing for i in range(count, 0, -1)):
+        near = [path for path in paths if abs(seconds[path] - target) <= spacing / 2]
+        chosen |= dict.fromkeys(sorted(near, key=lambda path: abs(seconds[path] - target))[:1])
+    return list(chosen)
+
+
+def _wall_seconds(path: Path) -> float:
+    return float(checkpoint.read(path)["tracker"]["wall_seconds"])
+
+
+def evaluate_snapshots(run_dir: Path, count: int, **how: Any) -> dict[str, Any]:
+    """`evaluate`, as `how` says, each of `late_checkpoints`; writes and returns snapshots.json's contents.
+
+    The policy that a run happens to end with may be better or worse than the one a minute earlier, which a single
+    evaluation cannot show. `minutes`, `global_step` and `mean` are lists with an item for each checkpoint.
+    """
+    result: dict[str, Any] = {name: how[name] for name in ("episodes", "epsilon")}
+    result |= {"minutes": [], "global_step": [], "mean": []}
+    for path in late_checkpoints(run_dir, count):
+        trained = from_run(run_dir, path)
+        result["mean"].append(evaluate(trained, **how)["mean"])
+        result["minutes"].append(round(_wall_seconds(path) / 60, 3))
+        result["global_step"].append(trained.global_step)
+    write_json(run_dir / "snapshots.json", result)
+    return result
+
+
+def snapshot_table(result: dict[str, Any]) -> str:
+    """The statistics as lines for a terminal."""
+    means = result["mean"]
+    if not means:
+        return "no snapshots: the run kept no checkpoints of its last sixth (--checkpoint-minutes, --keep-checkpoints)"
+    lines = [
+        f"after {minutes:7.1f} minutes  {mean:.1f}" for minutes, mean in zip(result["minutes"], means, strict=True)
+    ]
+    return "\n".join(
+        [*lines, f"{len(means)} snapshots: mean {np.mean(means):.1f}, {min(means):.1f} to {max(means):.1f}"]
+    )

@@ -138,13 +138,6 @@ class Graphed:
             self._graph = graph
 
 
-def prepare(
-    function: Callable[[], None], graphs: bool, generator: torch.Generator, device: torch.device
-) -> Callable[[], None]:
-    """The function as it runs: captured in a CUDA graph, or as it is."""
-    return Graphed(function, generator, device) if graphs else function
-
-
 def prepare_optimizer(
     optimizer: torch.optim.Optimizer, learning_rate: float, graphs: bool, device: torch.device, *, changes: bool
 ) -> None:

@@ -6,10 +6,13 @@ Shapes: B rows of a batch, n steps of a window, T steps of a rollout, A actions,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Value = TypeVar("Value", float, Tensor)
 
 
 def window_steps(dones: Tensor) -> Tensor:
@@ -72,9 +75,10 @@ def importance_weights(probabilities: Tensor, exponent: float) -> Tensor:
     return (weights / weights.max()).float()
 
 
-def linear_schedule(start: float, end: Tensor, duration: int, now: int) -> Tensor:
-    """From `start` to `end`, any shape, over `duration` units of the caller's clock, then `end`."""
-    return start + (end - start) * min(now / duration, 1.0)
+def linear_schedule(start: float, end: Value, duration: int, now: int) -> Value:
+    """From `start` to `end`, a number or a tensor of them, over `duration`; a duration of 0 stays at the start."""
+    done = min(now / duration, 1.0) if duration > 0 else 0.0
+    return start + done * (end - start)
 
 
 def epsilon_ladder(epsilon: float, num_envs: int, ladder: float) -> Tensor:

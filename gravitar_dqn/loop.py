@@ -32,9 +32,6 @@ class Observer(Protocol):
     def step(self, episodes: list[Episode]) -> None:
         """Called after every step of the vector environment with the games that it finished."""
 
-    def close(self) -> None:
-        """Called once at the end, also after an error."""
-
 
 class Agent(Protocol):
     """What the loop, and a run around it, ask of an agent. `agents.base.BaseAgent` has most of it."""

@@ -101,11 +101,7 @@ class ActorCritic(nn.Module):
     """
 
     def __init__(
-        self,
-        policy_model: type[nn.Module],
-        input_size: tuple[int, ...],
-        action_size: int,
-        **policy_args: object,
+        self, policy_model: type[nn.Module], input_size: tuple[int, ...], action_size: int, **policy_args: object
     ) -> None:
         super().__init__()
         self.trunk = policy_model(input_size, **policy_args)

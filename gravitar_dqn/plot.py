@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import numpy.typing as npt
 import tyro
 
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import read_json, read_rows
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run_dir import load_run
 from gravitar_dqn.serialization import differences, flatten, to_dict
@@ -27,15 +26,8 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 PUBLISHED = Path(__file__).with_name("published_curves.csv")
 RANDOM_PLAY, HUMAN = 180.0, 3351.0  # Gravitar with sticky actions; the usual human constant
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito's, colour-blind safe
+# Okabe and Ito's, told apart by colour-blind people too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":")  # when the colours are used up
 GREY = "0.45"
 GRID = 400  # points of a curve
@@ -169,13 +161,8 @@ def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, Floats]:
-    """Columns of a run's CSV file, whole rows only; empty ones when there is no file."""
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [
-                row for row in csv.DictReader(line for line in file if line.endswith("\n")) if None not in row.values()
-            ]
+    """Columns of a run's CSV file; empty ones when there is no file."""
+    rows = read_rows(path)
     try:
         return {name: np.array([float(row[name]) for row in rows]) for name in names}
     except (KeyError, ValueError) as error:
@@ -192,13 +179,12 @@ def moving_mean(values: Floats, window: int) -> Floats:
 
 def evaluation_of(run_dir: Path) -> tuple[float, float] | None:
     """Frames trained and mean score in eval.json; None when there is none."""
+    path = run_dir / "eval.json"
     try:
-        result = json.loads((run_dir / "eval.json").read_text())
-        return float(result["frames_trained"]), float(result["mean"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / 'eval.json'} cannot be read: {error}") from None
+        result = read_json(path) if path.exists() else None
+        return None if result is None else (float(result["frames_trained"]), float(result["mean"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
@@ -241,8 +227,7 @@ def check_published(options: PlotConfig, curves: Sequence[Curve]) -> None:
 
 def read_published() -> dict[str, tuple[Floats, Floats]]:
     """Published curves of Gravitar: frames and scores of each agent."""
-    with PUBLISHED.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(PUBLISHED)
     return {
         agent: (
             np.array([1e6 * float(row["frames_millions"]) for row in rows if row["agent"] == agent]),
@@ -270,13 +255,5 @@ def draw_published(axes: Axes) -> None:
     top, above = axes.get_ylim()[1], -np.inf
     for name, height in sorted(names.items(), key=lambda item: item[1]):
         above = max(height, above + 0.042 * top)  # names of neighbours do not cover each other
-        axes.annotate(
-            name,
-            (end, above),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-            color=GREY,
-            annotation_clip=False,
-        )
+        style: dict[str, Any] = {"va": "center", "fontsize": 7, "color": GREY, "annotation_clip": False}
+        axes.annotate(name, (end, above), xytext=(4, 0), textcoords="offset points", **style)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gravitar_dqn.config import (
-    FREE_FIELDS,
     DQNRunConfig,
     DQNSettings,
     EnvSettings,
@@ -21,7 +19,7 @@ from gravitar_dqn.config import (
     RunConfig,
     TaskSettings,
 )
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.serialization import build
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # weights that ship
@@ -48,10 +46,7 @@ PPO = PPORunConfig(preset="ppo", env=EnvSettings(num_envs=64), rnd=PPORNDSetting
 PRESETS: dict[str, RunConfig] = {
     "gravitar": GRAVITAR,
     "breakout": replace(
-        GRAVITAR,
-        preset="breakout",
-        env=EnvSettings(id="ALE/Breakout-v5"),
-        agent=DQNSettings(reward_scale=1.0),
+        GRAVITAR, preset="breakout", env=EnvSettings(id="ALE/Breakout-v5"), agent=DQNSettings(reward_scale=1.0)
     ),
     "gravitar-ram": replace(
         GRAVITAR,
@@ -77,7 +72,6 @@ PRESETS: dict[str, RunConfig] = {
             gamma=0.99,
             n_step=3,
             reward_scale=0.1,
-            priority_exponent=0.0,
             epsilon_end=0.02,
             epsilon_decay=5_000,
             epsilon_ladder=0.0,
@@ -109,7 +103,6 @@ PRESETS: dict[str, RunConfig] = {
             double_q=False,
             reward_scale=1 / 500,
             time_limit_is_terminal=True,
-            priority_exponent=0.0,
             epsilon_start=0.5,
             epsilon_end=0.02,
             epsilon_decay=960,  # 0.48 at 1/2000 an episode
@@ -150,16 +143,16 @@ def get_preset(name: str) -> RunConfig:
         return PRESETS[name]
     if (Path(name) / "config.json").exists():
         raise UserError(f"{name} is a run's folder, not a preset: --resume {name} goes on with it")
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")
+    raise UserError(f"unknown preset {name!r}: {did_you_mean(name, PRESETS)}there are {', '.join(PRESETS)}")
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` returned; UserError names an unknown, missing or ill-typed setting."""
+    """The configuration that `to_dict` returned; UserError names an unknown or ill-typed setting.
+
+    What is newer than the table is as in today's preset.
+    """
     if not isinstance(values, Mapping):
         raise UserError("setting config is not a table of settings")
-    default = PRESETS.get(str(values.get("preset")), GRAVITAR)
-    # Free settings are no part of what a run is: one that is newer than the file takes its default.
-    free = {name: getattr(default, name) for name in FREE_FIELDS}
-    return typing.cast(RunConfig, build(type(default), {**free, **values}))
+    if "preset" not in values:
+        raise UserError("setting preset is missing: was it written by another version?")
+    return typing.cast(RunConfig, build(get_preset(str(values["preset"])), values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shlex
@@ -10,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.files import wall_seconds
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -31,12 +32,7 @@ def package_command(words: Sequence[str]) -> list[str]:
 
 
 def start(
-    command: Sequence[str],
-    log: Path,
-    *,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-    dies_with_us: bool = False,
+    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start a process; the command and what it prints are added to `log`.
 
@@ -46,7 +42,6 @@ def start(
         command: the program and its arguments.
         log: the file.
         env: environment variables to set beside those that are.
-        cwd: where it runs; by default where this process does.
         dies_with_us: also when this process is killed, the other is ended, by SIGTERM, where the system can do that.
             Not from a program with threads that start processes too.
     """
@@ -60,7 +55,6 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(env or {})},
-            cwd=cwd,
             preexec_fn=_end_with_parent if dies_with_us else None,
         )
 
@@ -70,32 +64,21 @@ def _end_with_parent() -> None:
         _LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def age() -> float:
-    """Seconds since this process was started, where the system tells; else 0."""
-    if sys.platform != "linux":
-        return 0.0
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine was started
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def hang_up_stops() -> Iterator[None]:
-    """A terminal that is closed stops this process as Ctrl-C does; those it started have sessions of their own."""
-    before = signal.getsignal(signal.SIGHUP)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def command_line(words: Sequence[str], command: str = "") -> str:
+    """What to type so that the program that runs does `command`, its own where none is named, with these words."""
+    program = Path(sys.argv[0])
+    if program.suffix == ".py" and program.name != "__main__.py":
+        start, command = [sys.executable, str(program)], ""
+    else:
+        start = [sys.executable, "-m", "gravitar_dqn"] if program.suffix == ".py" else [str(program)]
+    if Path(start[0]).is_relative_to(Path.cwd()):
+        start[0] = str(Path(start[0]).relative_to(Path.cwd()))
+    return shlex.join([*start, *filter(None, [command]), *words])
 
 
 def command_again() -> str:
     """What was typed."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        return shlex.join([sys.executable, "-m", "gravitar_dqn", *sys.argv[1:]])
-    return shlex.join([sys.executable, *sys.argv] if program.suffix == ".py" else sys.argv)
+    return command_line(sys.argv[1:])
 
 
 def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:
@@ -108,6 +91,8 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
     """
     if (run_dir / "checkpoints" / "latest").exists():
         return ["--resume", str(run_dir), *free]
+    if wall_seconds(run_dir):
+        raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
     if run_dir.exists():  # killed before its first checkpoint: train would refuse the folder
         shutil.rmtree(run_dir)
     return [*arguments, *free, "--run-dir", str(run_dir)]

@@ -43,10 +43,6 @@ from gravitar_dqn.telemetry import Console
 log = logging.getLogger(__name__)
 
 
-class VideoError(Exception):
-    """A film could not be made; the message says why and what would do."""
-
-
 @contextlib.contextmanager
 def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint8]], None]]:
     """A function that appends pictures (height, width, 3) uint8 to the mp4 `path`, which appears when it is whole."""
@@ -55,7 +51,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
-        raise VideoError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
+        raise UserError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
     temporary = path.with_suffix(".part.mp4")
     writer: Any = None
 
@@ -86,7 +82,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
                 raise OSError("ffmpeg could not finish it: is the disk full?") from None
             temporary.replace(path)
     except OSError as error:
-        raise VideoError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
     finally:
         if writer is not None:
             writer.close()
@@ -97,7 +93,7 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
 def record_game(
     config: RunConfig, network: nn.Module, path: Path, *, epsilon: float, seed: int, look: Look | None = None
 ) -> float:
-    """Play one whole game on the CPU, film it to `path`, and return its score. VideoError when it cannot be filmed.
+    """Play one whole game on the CPU, film it to `path`, and return its score. UserError when it cannot be filmed.
 
     With `look`, a panel beside the game shows what the agent makes of it.
     """
@@ -115,10 +111,10 @@ def record_game(
             policy = Policy(config, network, spec_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
             return play_games(env, policy, 1, seed)[0]
     except ImportError as error:
-        raise VideoError(f"no video: {error}") from None
+        raise UserError(f"no video: {error}") from None
     except Exception as error:
         if type(error).__module__.startswith("gymnasium"):  # a renderer that is not installed
-            raise VideoError(f"no video: {' '.join(str(error).split())}") from None
+            raise UserError(f"no video: {' '.join(str(error).split())}") from None
         raise
     finally:
         env.close()
@@ -224,7 +220,7 @@ def _film(order: dict[str, Any]) -> dict[str, Any]:
         path = home / f"episode_{number:06d}.mp4"
         score = record_game(config, network, path, epsilon=order["epsilon"], seed=order["seed"])
         path.replace(home / f"episode_{number:06d}_score_{score:.0f}.mp4")
-    except (VideoError, UserError, OSError) as error:
+    except (UserError, OSError) as error:
         return {"error": str(error)}
     return {"number": number, "score": score}
 

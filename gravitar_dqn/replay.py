@@ -134,11 +134,6 @@ class ReplayBuffer:
         """Share of the ring's rows that hold data."""
         return min(self._written / self.num_rows, 1.0)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held on the device."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
-
     # ---------------------------------------------------------------- writing
 
     def begin(self, obs: npt.NDArray[Any]) -> None:
@@ -314,16 +309,6 @@ class ReplayBuffer:
         return torch.index_select(self.frames, 0, indices, out=flat).view(-1, *self.obs_shape)
 
     # ---------------------------------------------------------------- keeping
-
-    def check_valid(self) -> None:
-        """Raise AssertionError where the buffer's own bookkeeping contradicts itself. For tests."""
-        assert not self.frames[-1].any(), "the padding frame was written"
-        sums = self.sampling_weights.sum(1, dtype=torch.float64)
-        assert torch.allclose(self.row_sampling_weights, sums), "row sums are stale"
-        sampleable = self.sampling_weights > 0
-        assert not (sampleable & ~self.valid).any(), "a row without an action can be sampled"
-        for distance in range(-self.n_step + 1, self.stack):
-            assert not sampleable[(self._cursor + distance) % self.num_rows].any(), "a window straddles the cursor"
 
     def _tensors(self) -> dict[str, Tensor]:
         names = "frames actions rewards int_rewards terminations truncations valid ages max_weight".split()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,24 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+@contextlib.contextmanager
+def claimed(path: Path, asked: Mapping[str, Any], what: str) -> Iterator[None]:
+    """Hold the folder of `what`, a sweep say, which is begun with the settings `asked`; they are kept in file `path`.
+
+    UserError when the folder holds something else, or was begun with other settings.
+    """
+    if holds_other(path.parent, path.name):
+        raise UserError(f"{path.parent} exists and is not {what}'s folder: another --dir starts anew")
+    with lock(path.parent):
+        before = read_json(path) if path.exists() else asked
+        if told := [f"{name}: {before.get(name)} -> {new}" for name, new in asked.items() if before.get(name) != new]:
+            raise UserError(
+                f"{path.parent} holds {what} with other settings, another --dir starts anew: {'; '.join(told)}"
+            )
+        write_json(path, before)
+        yield
 
 
 def holds_other(folder: Path, ours: str) -> bool:

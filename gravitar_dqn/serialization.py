@@ -9,15 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gravitar_dqn.config import FREE_FIELDS, RunConfig
-from gravitar_dqn.errors import UserError
-
-
-class SettingError(UserError):
-    """A setting is out of its bounds."""
-
-    def __init__(self, name: str, complaint: str) -> None:
-        super().__init__(f"{name} {complaint}")
-        self.name, self.complaint = name, complaint
+from gravitar_dqn.errors import SettingError, UserError
 
 
 def validate(config: RunConfig) -> None:
@@ -45,22 +37,22 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def build(cls: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:
-    """A dataclass of the values in a table; UserError names an unknown, missing or ill-typed setting."""
+def build(default: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass `default` with the values in a table; UserError names an unknown or ill-typed setting."""
     if not isinstance(values, Mapping):
         raise UserError(f"setting {prefix.rstrip('.') or 'config'} is not a table of settings")
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - names):
+    hints = typing.get_type_hints(type(default))
+    if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(default)}):
         raise UserError(f"unknown setting {prefix}{unknown[0]}: was it written by another version?")
-    if missing := sorted(names - set(values)):
-        raise UserError(f"setting {prefix}{missing[0]} is missing: was it written by another version?")
-    return cls(**{name: _value(hints[name], values[name], prefix + name) for name in names})
+    changed = {
+        name: _value(hints[name], value, prefix + name, getattr(default, name)) for name, value in values.items()
+    }
+    return dataclasses.replace(default, **changed)
 
 
-def _value(hint: Any, value: Any, name: str) -> Any:
+def _value(hint: Any, value: Any, name: str, default: Any) -> Any:
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type[Any], hint), value, name + ".")
+        return build(default, value, name + ".")
     if typing.get_origin(hint) is Literal:
         fits, expected = value in typing.get_args(hint), " or ".join(map(str, typing.get_args(hint)))
     elif hint is float:
@@ -79,6 +71,15 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
         inner = flatten(value) if isinstance(value, Mapping) else None
         flat |= {name: value} if inner is None else {f"{name}.{key}": v for key, v in inner.items()}
     return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` made flat: {"env.id": 1} -> {"env": {"id": 1}}."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        part, _, last = name.rpartition(".")
+        (nested.setdefault(part, {}) if part else nested)[last] = value
+    return nested
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

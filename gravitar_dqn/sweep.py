@@ -17,8 +17,9 @@ import numpy as np
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_line, read_json, read_rows, wall_seconds
-from gravitar_dqn.processes import command_again, hang_up_stops, how_to_train, package_command, start
-from gravitar_dqn.sweep_plan import Job, SweepConfig, claim
+from gravitar_dqn.processes import command_again, how_to_train, package_command, start
+from gravitar_dqn.run_dir import claimed
+from gravitar_dqn.sweep_plan import Job, SweepConfig
 from gravitar_dqn.telemetry import CsvLog
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,16 @@ def bind(cores: Iterable[int]) -> None:
 
 def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[int]]) -> int:
     """Train and evaluate what is not in sweep.csv yet, and print a table of all. 1 when a run failed, else 0."""
-    from gravitar_dqn.run_dir import holds_other, lock
-    from gravitar_dqn.training import Stop
+    from gravitar_dqn.training import Stop, check_machine
 
-    check_here(jobs)
-    if holds_other(options.folder, "sweep.json"):
-        raise UserError(f"{options.folder} exists and is not a sweep's folder: another --dir starts anew")
-    with lock(options.folder):
-        claim(options)
+    for job in {job.key[:2]: job for job in jobs}.values():
+        try:
+            check_machine(job.config)
+        except UserError as error:
+            raise UserError(f"{job.preset} {job.variant}: {error}") from None
+    with claimed(options.folder / "sweep.json", options.fixed, "a sweep"):
         sweep = Sweep(options, jobs)
-        with Stop() as stop, hang_up_stops():
+        with Stop() as stop:
             threads = [threading.Thread(target=sweep.work, args=(cores,)) for cores in core_sets]
             for thread in threads:
                 thread.start()
@@ -69,19 +70,6 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
         elif sweep.left:
             log.info(f"{sweep.left} runs were not started, they would not end in time; again: {command_again()}")
         return 0 if sweep.stopped else int(sweep.failures > 0)
-
-
-def check_here(jobs: Sequence[Job]) -> None:
-    """Raise UserError for a game or a device that is not on this machine."""
-    from gravitar_dqn.envs import find_game
-    from gravitar_dqn.execution import check_execution, choose_device
-
-    for job in {job.key[:2]: job for job in jobs}.values():
-        try:
-            find_game(job.config.env)
-            check_execution(job.config.execution, choose_device(job.config.device))
-        except UserError as error:
-            raise UserError(f"{job.preset} {job.variant}: {error}") from None
 
 
 class Sweep:

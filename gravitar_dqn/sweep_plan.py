@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import read_json, write_json
 from gravitar_dqn.presets import get_preset
 from gravitar_dqn.serialization import check_bounds, flatten, to_dict, validate
 
@@ -25,7 +25,7 @@ OWN = {
     "seed": "--seeds sets it",
     "total_minutes": "--minutes sets it",
     "run_dir": "--dir sets it",
-    "resume": "the same sweep again goes on",
+    "resume": "the same command again goes on",
     "profile": "profile a single run with train",
 }
 
@@ -67,6 +67,14 @@ class SweepConfig:
         """Settings that the sweep sets itself, and how it is told to."""
         snapshots = {"checkpoint_minutes": "--snapshots sets it", "keep_checkpoints": "--snapshots sets it"}
         return OWN | (snapshots if self.snapshots else {})
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What scores depend on. Presets, variants and seeds may be added later, and the budget is of the day."""
+        fixed = asdict(self)
+        for name in ("presets", "variants", "seeds", "base", "budget_minutes", "dir"):
+            del fixed[name]
+        return fixed | {"settings": label(read_settings(self.settings, "--settings", self.own))}
 
 
 @dataclass(frozen=True)
@@ -203,26 +211,3 @@ def shortened(name: str) -> str:
     if plain == name.replace(" ", "_") and len(plain) <= 120:
         return plain
     return f"{plain[:110]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def claim(options: SweepConfig) -> None:
-    """Write the sweep's settings to its folder; UserError when it holds something else, or another kind of sweep.
-
-    Presets, variants and seeds may be added later, and the budget is of the day; what scores depend on may not change.
-    """
-    fixed = asdict(options)
-    for name in ("presets", "variants", "seeds", "base", "budget_minutes", "dir"):
-        del fixed[name]
-    fixed["settings"] = label(read_settings(options.settings, "--settings", options.own))
-    path = options.folder / "sweep.json"
-    if path.exists():
-        before = read_json(path)
-        if told := [
-            f"{name}: {before.get(name)} -> {value}" for name, value in fixed.items() if before.get(name) != value
-        ]:
-            raise UserError(
-                f"{options.folder} holds a sweep with other settings, another --dir starts anew: {'; '.join(told)}"
-            )
-        return
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, fixed)

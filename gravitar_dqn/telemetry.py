@@ -97,12 +97,7 @@ class Tracker:
     """Writes a row of `metrics.csv` every `log_seconds` and a row of `episodes.csv` for every game."""
 
     def __init__(
-        self,
-        run_dir: Path,
-        config: RunConfig,
-        agent: Agent,
-        frames_per_step: int,
-        state: dict[str, Any] | None = None,
+        self, run_dir: Path, config: RunConfig, agent: Agent, frames_per_step: int, state: dict[str, Any] | None = None
     ) -> None:
         self._config, self._agent, self._frames_per_step = config, agent, frames_per_step
         self._columns = [*METRICS, *(name for name in agent.metric_names if name not in METRICS)]
@@ -234,6 +229,3 @@ class Console:
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {"since_mark": self._since_mark, "best": list(self._best)}
-
-    def close(self) -> None:
-        """Nothing is left to print."""

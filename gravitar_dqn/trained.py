@@ -6,10 +6,8 @@ what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NA
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from torch import Tensor
 
 from gravitar_dqn import checkpoint
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import written_whole
-from gravitar_dqn.presets import PRETRAINED, from_dict, get_preset
+from gravitar_dqn.presets import PRETRAINED, from_dict
 from gravitar_dqn.run_dir import load_run
 from gravitar_dqn.serialization import to_dict
 
@@ -58,9 +56,8 @@ def names() -> list[str]:
 def from_pretrained(name: str) -> Trained:
     """Weights that ship with the package; UserError names what there is."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"no pretrained agent {name!r}: {hint}there are {', '.join(names()) or 'none yet'}")
+        there = ", ".join(names()) or "none yet"
+        raise UserError(f"no pretrained agent {name!r}: {did_you_mean(name, names())}there are {there}")
     return read(PRETRAINED / f"{name}.safetensors")
 
 
@@ -70,21 +67,9 @@ def read(path: Path) -> Trained:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[KEY])
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (it is no dict)
-        saved, global_step = header["config"], int(header["global_step"])
-        preset = to_dict(get_preset(saved["preset"]))
+        return Trained(path.stem, from_dict(header["config"]), weights, int(header["global_step"]), None)
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not hold a trained agent: {str(error).splitlines()[0]}") from None
-    # Settings that are newer than the file are as in today's preset; whether the network fits, load_policy sees.
-    config = from_dict(_over(preset, saved))
-    return Trained(path.stem, config, weights, global_step, None)
-
-
-def _over(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings: the saved ones, and defaults for those that are not there."""
-    return {
-        name: _over(value, saved.get(name, {})) if isinstance(value, Mapping) else saved.get(name, value)
-        for name, value in defaults.items()
-    }
 
 
 def write(trained: Trained, path: Path) -> None:
@@ -103,7 +88,8 @@ def main(argv: list[str]) -> int:
         print("usage: python -m gravitar_dqn.trained RUN_DIR NAME", file=sys.stderr)
         return 2
     try:
-        write(from_run(Path(argv[0])), PRETRAINED / f"{argv[1]}.safetensors")
+        write(from_run(Path(argv[0])), path := PRETRAINED / f"{argv[1]}.safetensors")
+        print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,7 @@ import torch
 from gravitar_dqn import checkpoint
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.dashboard.thread import Dashboard
-from gravitar_dqn.dashboard.visdom_files import DashboardError
+from gravitar_dqn.dashboard.thread import Dashboard, check_address
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
 from gravitar_dqn.envs import EnvSpec, find_game, make_envs, spec_of
 from gravitar_dqn.errors import UserError
@@ -33,6 +30,7 @@ from gravitar_dqn.execution import (
 )
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
+from gravitar_dqn.processes import command_line
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.run_dir import cannot_be_written, lock, write_config
 from gravitar_dqn.serialization import to_dict
@@ -48,13 +46,16 @@ PICTURES_ON_A_CPU = (
 
 
 class Stop:
-    """Set by the first Ctrl-C or SIGTERM, so that the run can save; the second Ctrl-C interrupts at once."""
+    """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Stop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -96,18 +97,10 @@ class Checkpointer:
             self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
         return True
 
-    def close(self) -> None:
-        """The run saves by itself at its end."""
-
 
 @contextlib.contextmanager
 def observe(
-    config: RunConfig,
-    run_dir: Path,
-    agent: Agent,
-    spec: EnvSpec,
-    state: Mapping[str, Any],
-    further: Sequence[Observer],
+    config: RunConfig, run_dir: Path, agent: Agent, spec: EnvSpec, state: Mapping[str, Any], further: Sequence[Observer]
 ) -> Iterator[tuple[Tracker, Checkpointer, list[Observer]]]:
     """Everything that follows a run, dashboard and films too, in the order of their calls; closed at the end."""
     with contextlib.ExitStack() as closing:
@@ -131,19 +124,24 @@ def observe(
         console = Console(agent, state.get("console"))
         checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
         recorder = Recorder(config, video_dir, agent, console)
-        every: list[Observer] = [console, tracker, recorder, checkpointer, *further]
-        for observer in every:
-            closing.callback(observer.close)
-        yield tracker, checkpointer, every
+        closing.callback(tracker.close)
+        closing.callback(recorder.close)
+        yield tracker, checkpointer, [console, tracker, recorder, checkpointer, *further]
+
+
+def check_machine(config: RunConfig) -> torch.device:
+    """The run's device; UserError for a game, a device or a way to run that is not on this machine."""
+    device = choose_device(config.device)
+    check_execution(config.execution, device)
+    find_game(config.env)
+    return device
 
 
 def build(config: RunConfig) -> tuple[Any, Agent]:
     """The environments and a new agent for them, seeded. Logs what takes time, and the replay buffer's size."""
-    device = choose_device(config.device)
-    check_execution(config.execution, device)
+    device = check_machine(config)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    find_game(config.env)
     log.info("starting %d games of %s", config.env.num_envs, config.env.id)  # many take some seconds
     envs = make_envs(config.env)
     spec = spec_of(envs)
@@ -158,7 +156,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     `resume` goes on from the newest checkpoint. `show_times` prints at the end where the time went.
     """
     show_log()
-    check_dashboard(config.dashboard, run_dir)
+    if config.dashboard not in ("auto", "off"):
+        check_address(config.dashboard)
     state = checkpoint.load(run_dir) if resume else {}
     envs, agent = build(config)
     if resume:
@@ -221,7 +220,7 @@ def run(
         if finished(config, agent, tracker.wall_seconds):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
         else:
-            how = how_to_resume or resume_command(run_dir)
+            how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
             farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
 
 
@@ -236,18 +235,6 @@ def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
         ) from None
 
 
-def resume_command(run_dir: Path) -> str:
-    """What to type to go on with a run, as this one was started: by the script or by the installed command."""
-    program = Path(sys.argv[0])
-    command = [sys.executable, str(program)] if program.suffix == ".py" else [str(program), "train"]
-    if program.name == "__main__.py":  # python -m gravitar_dqn
-        command = [sys.executable, "-m", "gravitar_dqn", "train"]
-    first = Path(command[0])
-    if first.is_relative_to(Path.cwd()):
-        command[0] = str(first.relative_to(Path.cwd()))
-    return shlex.join([*command, "--resume", str(run_dir)])
-
-
 def finished(config: RunConfig, agent: Agent, wall_seconds: float) -> bool:
     """Whether the run has reached its end, after `wall_seconds` of training."""
     return (
@@ -255,15 +242,6 @@ def finished(config: RunConfig, agent: Agent, wall_seconds: float) -> bool:
         or 0 < config.total_episodes <= agent.episodes
         or 0 < 60 * config.total_minutes <= wall_seconds
     )
-
-
-def check_dashboard(choice: str, run_dir: Path) -> None:
-    """Raise UserError for a server's address that is none, before anything is made."""
-    if choice not in ("auto", "off"):
-        try:
-            Dashboard(run_dir, choice)
-        except DashboardError as error:
-            raise UserError(f"--dashboard: {error}") from None
 
 
 def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | None:

@@ -68,6 +68,6 @@ unset PIP_TARGET PIP_PREFIX PYTHONPATH PYTHONHOME
 echo "done $key" >"$state"
 
 say "preparing the dashboard's browser files"
-.venv/bin/python -m gravitar_dqn.dashboard.visdom_server --prepare </dev/null || true  # it prints its own warning
+.venv/bin/python scripts/dashboard.py --prepare </dev/null || say "training works all the same, without a dashboard"
 
 say "done. Train:  .venv/bin/python scripts/train.py      Test:  .venv/bin/python -m pytest"

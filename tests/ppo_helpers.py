@@ -12,7 +12,7 @@ import torch
 
 from gravitar_dqn import envs as games
 from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, make_task_heads, task_weights
-from gravitar_dqn.agents.ppo import PPOAgent, make_agent
+from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.config import EnvSettings, PPORNDSettings, PPORunConfig, TaskSettings
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import choose_device
@@ -47,7 +47,7 @@ def build(config: PPORunConfig, probe: type) -> tuple[Any, PPOAgent]:
     """Probe environments and a new agent for them."""
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, make_agent(config, games.spec_of(envs), choose_device(config.device))
+    return envs, PPOAgent(config, games.spec_of(envs), choose_device(config.device))
 
 
 def learn(config: PPORunConfig, probe: type, steps: int) -> PPOAgent:

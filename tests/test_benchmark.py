@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from probes import spec_of_shape
+from replay_helpers import check_valid
 
 from gravitar_dqn import cli
 from gravitar_dqn.benchmark import suite
@@ -153,9 +154,8 @@ def fails() -> Contender:
 
 def test_a_worker_plays_when_it_is_its_turn() -> None:
     with workers({"counts": (Counts,)}) as (worker,):
-        turn = worker.turn(0.05)
-    assert turn.steps % 10 == 0 and 0 < turn.steps <= 60 and turn.seconds >= 0.05
-    assert turn.speed == turn.steps / turn.seconds
+        speed = worker.turn(0.05)
+    assert 0 < speed <= 1_000
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:
@@ -167,7 +167,7 @@ def test_noise_fills_a_buffer_with_whole_games() -> None:
     buffer = ReplayBuffer(500, 8, (84, 84), n_step=3)
     suite.fill(buffer, 700, buffer.put, buffer.begin)
     assert buffer.full and (buffer.sampling_weights > 0).sum() > 300
-    buffer.check_valid()
+    check_valid(buffer)
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,9 @@ def test_only_a_run_is_evaluated_or_watched(command: Any, tmp_path: Path, capsys
         (["nowhere"], "nowhere is not a run's folder: it has no config.json"),
         ([], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
         (["folder", "--pretrained", "x"], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
-        (["folder", "--episodes", "0"], "--episodes is 0: it must be at least 1"),
-        (["folder", "--epsilon", "nan"], "--epsilon is nan: it must be between 0 and 1"),
-        (["folder", "--seed", "-1"], "--seed is -1: it must be between 0 and 1073741824"),
+        (["folder", "--episodes", "0"], "--episodes is 0: it must be finite and at least 1"),
+        (["folder", "--epsilon", "nan"], "--epsilon is nan: it must be finite and between 0 and 1"),
+        (["folder", "--seed", "-1"], "--seed is -1: it must be finite and between 0 and 1073741824"),
         (["folder", "--episode", "3"], "unknown option '--episode': did you mean --episodes?"),
     ):
         assert expected in refusal(capsys, cli.run(command, words, "x.py"))

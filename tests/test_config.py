@@ -181,20 +181,13 @@ def test_json_with_a_wrong_setting_is_refused_by_name(name: str, value: object, 
     assert str(refused.value) == expected
 
 
-@pytest.mark.parametrize("name", sorted(FREE_FIELDS))
-def test_json_from_before_a_free_setting_was_there_takes_its_default(name: str) -> None:
-    values = as_json(PRESETS["cartpole"])
-    del values[name]
-    assert from_dict(values) == PRESETS["cartpole"]
-
-
-@pytest.mark.parametrize("name", sorted(set(flatten(to_dict(DQNRunConfig()))) - FREE_FIELDS))
-def test_json_without_a_setting_is_refused_by_name(name: str) -> None:
-    values = as_json(DQNRunConfig())
+@pytest.mark.parametrize("name", sorted(set(flatten(to_dict(PRESETS["cartpole"]))) - {"preset"}))
+def test_json_from_before_a_setting_was_there_takes_the_presets(name: str) -> None:
+    values = as_json(replace(PRESETS["cartpole"], seed=5))
     part, _, rest = name.rpartition(".")
     del (values[part] if part else values)[rest]
-    with pytest.raises(UserError, match=f"^setting {name} is missing"):
-        from_dict(values)
+    seed = PRESETS["cartpole"].seed if name == "seed" else 5
+    assert from_dict(values) == replace(PRESETS["cartpole"], seed=seed)
 
 
 def test_whole_numbers_may_stand_for_fractions() -> None:

@@ -26,7 +26,7 @@ from gravitar_dqn.charts import Reduce
 from gravitar_dqn.dashboard import thread
 from gravitar_dqn.dashboard.board import Board, Trace, settings_pane
 from gravitar_dqn.dashboard.thread import CsvTail, Dashboard, environment_name, pause
-from gravitar_dqn.dashboard.visdom_files import DashboardError
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.serialization import to_dict
@@ -248,7 +248,7 @@ def test_environment_names_are_safe_and_never_shared() -> None:
 
 @pytest.mark.parametrize("address", ["ftp://x", "http://", "http://x:y", "http://x:0", ""])
 def test_a_bad_address_is_named(tmp_path: Path, address: str) -> None:
-    with pytest.raises(DashboardError, match="is not a server's address"):
+    with pytest.raises(UserError, match="is not a server's address"):
         Dashboard(tmp_path, address)
 
 

@@ -10,6 +10,7 @@ import ppo_helpers
 import probes
 import pytest
 import torch
+from replay_helpers import check_valid
 
 from gravitar_dqn import envs as games
 from gravitar_dqn.agents.dqn import DQNAgent
@@ -43,7 +44,7 @@ def test_it_plays_and_learns(precision: str, variant: str) -> None:
     metrics = agent.metrics()
     assert agent.num_updates > 10
     assert np.isfinite([metrics["td_loss"], metrics["rnd_loss"], metrics["q_mean"]]).all()
-    agent.replay.check_valid()
+    check_valid(agent.replay)
 
 
 def test_act_curiosity_and_updates_are_captured(caplog: pytest.LogCaptureFixture) -> None:

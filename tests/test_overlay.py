@@ -12,7 +12,7 @@ from run_helpers import CARTPOLE, train
 
 from gravitar_dqn import cli
 from gravitar_dqn.agents.base import Insight
-from gravitar_dqn.agents.ppo import make_agent
+from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.overlay import BLUE, LEAST_HEIGHT, ORANGE, PAPER, WIDTH, Overlay, make_look
@@ -74,7 +74,7 @@ def test_dqn_shows_q_values_and_the_predictors_error(preset: str) -> None:
 
 def test_randal_shows_probabilities_its_map_and_the_predictors_error() -> None:
     config = settings(PICTURE_TASKS, num_envs=2)
-    agent = make_agent(config, probes.spec_of_shape((4, 84, 84), 18), torch.device("cpu"))
+    agent = PPOAgent(config, probes.spec_of_shape((4, 84, 84), 18), torch.device("cpu"))
     agent.rnd.obs_rms.update(torch.randint(0, 256, (20, 1, 84, 84)))
     insight = make_look(trained(config, agent.state_dict()), agent.policy)(STACKS)
     assert insight.values.shape == (18,) and insight.values.sum() == pytest.approx(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ppo_helpers import PICTURE_TASKS, VECTOR_TASKS, build, learn, ring_of, settings, task_alone
+from replay_helpers import nbytes
 
 from gravitar_dqn import cli, functional
 from gravitar_dqn.encoders import MLP
@@ -208,7 +209,7 @@ def test_a_time_out_bootstraps() -> None:
 def test_the_replay_holds_single_frames() -> None:
     replay = build(settings(PICTURE_TASKS, num_envs=2), probes.Remember)[1].replay
     assert replay.frames.shape == (2 * (60 + 3 + 3) + 1, 84, 84), "60 steps, a window and a stack around the cursor"
-    beside = (replay.nbytes - replay.frames.nbytes) / (2 * replay.num_rows)
+    beside = (nbytes(replay) - replay.frames.nbytes) / (2 * replay.num_rows)
     whole = 2000 * 32 * (84 * 84 + beside)  # as published
     assert whole < 0.43 * 2**30 < 1.68 * 2**30 < 4 * whole, "the fault: 1.7 GiB of stacks"
 

@@ -159,7 +159,7 @@ def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
         ({"num_val_episodes": 0}, "num_val_episodes is 0"),
         (
             {"num_minibatches": 5},
-            r"^num_minibatches is 5: it must divide the 32 steps .*\(nsteps times envs.num_envs\)",
+            r"^num_minibatches is 5: it must divide the 32 steps of a rollout",
         ),
         ({"gamma": 1.5}, "^gamma is 1.5"),
         ({"init_obs_steps": 0}, "^init_obs_steps is 0: it must be finite and at least 1"),

@@ -20,11 +20,12 @@ from run_helpers import CARTPOLE, ROOT, train
 
 from gravitar_dqn import checkpoint, cli, training
 from gravitar_dqn.config import DQNRunConfig
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Episode
 from gravitar_dqn.networks import DuelingConvQNetwork, QNetwork, make_q_network
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.recording import Recorder, VideoError, mp4_writer, record_game
+from gravitar_dqn.recording import Recorder, mp4_writer, record_game
 from gravitar_dqn.telemetry import Console
 
 CARTPOLE_CONFIG = PRESETS["cartpole"]
@@ -114,7 +115,7 @@ def test_an_encoder_that_dies_is_a_video_error_and_leaves_nothing(tmp_path: Path
         while True:
             yield np.zeros((210, 160, 3), dtype=np.uint8)
 
-    with pytest.raises(VideoError, match=r"^no video: .*a\.mp4 cannot be written \("):
+    with pytest.raises(UserError, match=r"^no video: .*a\.mp4 cannot be written \("):
         write(tmp_path / "gone" / "a.mp4", pictures())
     assert everything(tmp_path) == []
 
@@ -125,7 +126,7 @@ def test_a_film_that_the_disk_cuts_short_is_not_passed_off_as_whole(tmp_path: Pa
 import resource, signal
 import numpy as np
 from pathlib import Path
-from gravitar_dqn.recording import VideoError, mp4_writer
+from gravitar_dqn.recording import mp4_writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 pictures = np.random.default_rng(0).integers(0, 255, (20, 210, 160, 3), dtype=np.uint8)  # about 320 kB of film
@@ -133,7 +134,7 @@ try:
     with mp4_writer(Path({str(tmp_path / "a.mp4")!r}), 60) as append:
         for picture in pictures:
             append(picture)
-except VideoError as error:
+except UserError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -143,7 +144,7 @@ except VideoError as error:
 
 def test_a_place_that_cannot_be_written_is_a_video_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(VideoError, match=r"^no video: "):
+    with pytest.raises(UserError, match=r"^no video: "):
         record_game(CARTPOLE_CONFIG, QNetwork(4, 2), tmp_path / "file" / "a.mp4", epsilon=1.0, seed=1)
 
 
@@ -152,7 +153,7 @@ def test_without_ffmpeg_there_is_one_clear_line(tmp_path: Path, monkeypatch: pyt
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
-    with pytest.raises(VideoError, match="there is no ffmpeg; pip install imageio-ffmpeg brings one"):
+    with pytest.raises(UserError, match="there is no ffmpeg; pip install imageio-ffmpeg brings one"):
         record_game(CARTPOLE_CONFIG, QNetwork(4, 2), tmp_path / "a" / "game.mp4", epsilon=1.0, seed=1)
     assert everything(tmp_path) == []
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from replay_helpers import check_valid, nbytes
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.memory import bytes_per_transition, check_buffer_fits
@@ -143,7 +144,7 @@ def test_everything_sampled_agrees_with_the_model(
             player.begin()
         for _ in range(count):
             player.step()
-            buffer.check_valid()
+            check_valid(buffer)
     assert sampleable(buffer) == expected_sampleable(player)
     newest = buffer.latest()
     for env in range(num_envs):
@@ -207,7 +208,7 @@ def test_priorities_are_proportional() -> None:
     rows = torch.nonzero(buffer.sampling_weights.view(-1) > 0).view(-1)
     priorities = torch.arange(1, len(rows) + 1).float()
     buffer.update_priorities(rows, priorities)
-    buffer.check_valid()
+    check_valid(buffer)
     batch = buffer.sample(40_000, torch.Generator().manual_seed(0))
     expected = priorities.sqrt() / priorities.sqrt().sum()
     counts = torch.bincount(batch.indices, minlength=buffer.sampling_weights.numel())[rows] / 40_000
@@ -228,7 +229,7 @@ def test_priorities_cannot_revive_an_overwritten_row() -> None:
     for _ in range(3):
         player.step()
     buffer.update_priorities(rows, torch.ones(len(rows)))
-    buffer.check_valid()
+    check_valid(buffer)
     assert sampleable(buffer) == expected_sampleable(player)
 
 
@@ -272,7 +273,7 @@ def test_saved_and_loaded_it_samples_the_same(tmp_path) -> None:
     player.begin()  # new games after the old ones: nothing straddles the seam
     for _ in range(4):
         player.step()
-    other.check_valid()
+    check_valid(other)
     assert sampleable(other) == expected_sampleable(player)
     with pytest.raises(ValueError, match="frames"):
         make(num_envs=2, rows=8, stack=3, n_step=2).load_state_dict(buffer.state_dict())
@@ -291,7 +292,7 @@ def test_vectors_use_the_same_class() -> None:
 
 def test_a_transition_of_an_image_game_takes_at_most_7200_bytes() -> None:
     buffer = ReplayBuffer(4_000, 8, (84, 84), torch.uint8, stack=4, n_step=3, priority_exponent=0.5)
-    assert buffer.nbytes / buffer.capacity <= 7_200
+    assert nbytes(buffer) / buffer.capacity <= 7_200
     assert bytes_per_transition((84, 84), torch.uint8) <= 7_200
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay_helpers import check_valid
 from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, refusal, rows, script, train
 from tqdm import tqdm
 
@@ -200,7 +201,7 @@ def test_a_resumed_buffer_holds_what_was_stored(tmp_path: Path) -> None:
     assert len(rewards) == 200 and (rewards == 1).all()  # every step of CartPole earns 1
     agent.begin(envs.reset(seed=0)[0])
     envs.close()
-    agent.replay.check_valid()
+    check_valid(agent.replay)
     assert len(agent.replay) == 200
 
 

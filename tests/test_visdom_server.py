@@ -19,9 +19,17 @@ from pathlib import Path
 import pytest
 from visdom_helpers import ROOT, Server, environ, free_port, pretend_prepared, wait_until
 
+from gravitar_dqn import cli
 from gravitar_dqn.dashboard import visdom_files, visdom_server
-from gravitar_dqn.dashboard.visdom_files import DashboardError, browser_files, prepared_files
-from gravitar_dqn.dashboard.visdom_server import find_or_start_server, main, probe, stop_server
+from gravitar_dqn.dashboard.visdom_files import browser_files, prepared_files
+from gravitar_dqn.dashboard.visdom_server import find_or_start_server, probe, stop_server
+from gravitar_dqn.errors import UserError
+
+
+def dashboard(words: list[str]) -> int:
+    """`dashboard.py` with these arguments, in this process; its exit code."""
+    return cli.run(cli.dashboard_command, words, "dashboard.py")
+
 
 # Stands in for npm: packs every package it is asked for with one file, dist/a.js.
 FAKE_NPM = """\
@@ -102,11 +110,9 @@ def test_a_file_that_was_not_tested_is_refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_npm(tmp_path, monkeypatch, data=b"evil")
-    assert main(["--prepare"]) != 0
+    assert dashboard(["--prepare"]) != 0
     said = capsys.readouterr().err
-    assert said.startswith(
-        "warning: dist/a.js of one@1.0 is not the file that was tested (its sha256 differs): refused"
-    )
+    assert said.startswith("error: dist/a.js of one@1.0 is not the file that was tested (its sha256 differs): refused")
     assert said.count("\n") == 1
     assert list(cache.iterdir()) == []
 
@@ -134,7 +140,7 @@ def test_no_npm_and_no_internet_is_one_clear_line(
     monkeypatch.setattr(
         visdom_files, "_fill_by_visdom", lambda root: visdom_files._run([sys.executable, "-c", "1/0"], root)
     )
-    assert main(["--prepare"]) == 2
+    assert dashboard(["--prepare"]) == 2
     said = capsys.readouterr().err
     assert "npm is not installed; visdom's own download failed" in said
     assert said.count("\n") == 1
@@ -155,7 +161,7 @@ def test_a_download_that_hangs_is_given_up_with_its_children(tmp_path: Path, mon
 
 def test_a_killed_preparation_leaves_nothing_half(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_npm(tmp_path, monkeypatch, seconds=60)
-    command = [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--prepare"]
+    command = [sys.executable, "-m", "gravitar_dqn", "dashboard", "--prepare"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=dict(os.environ), stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -180,14 +186,14 @@ def test_the_listed_files_belong_to_known_versions() -> None:
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--port", "abc"], "'abc' is not a port"),
-        (["--port", "0"], "'0'"),
+        (["--port", "abc"], "abc"),
+        (["--port", "0"], "--port is 0: it must be finite and between 1 and 65535"),
         (["--port", "65536"], "65536"),
         (["x"], "x"),
     ],
 )
 def test_a_bad_argument_is_one_line(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv) == 2
+    assert dashboard(argv) == 2
     said = capsys.readouterr().err
     assert named in said
     assert said.startswith("error: ")
@@ -216,7 +222,7 @@ def test_a_server_is_started_once_shared_and_stopped(port: int, capsys: pytest.C
     assert stop_server(port)
     assert probe(port) == "free"
     assert not stop_server(port)
-    assert main(["--port", str(port), "--stop"]) == 0
+    assert dashboard(["--port", str(port), "--stop"]) == 0
     assert capsys.readouterr().out == f"there is no server of this package on port {port}\n"
 
 
@@ -266,7 +272,7 @@ def test_without_visdom_there_is_one_warning(
         capsys.readouterr().err
         == "warning: no dashboard: visdom is not installed; install it with this package's dependencies\n"
     )
-    with pytest.raises(DashboardError):
+    with pytest.raises(UserError):
         browser_files()
 
 

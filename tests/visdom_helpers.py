@@ -65,7 +65,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--port", str(self.port)]
+        command = [sys.executable, "-m", "gravitar_dqn", "dashboard", "--port", str(self.port)]
         self.process = subprocess.Popen(command, env=environ(self.cache), cwd=ROOT, stdout=subprocess.DEVNULL)
         wait_until(lambda: visdom_server.probe(self.port) == "visdom", 30)
 

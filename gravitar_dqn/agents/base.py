@@ -13,10 +13,11 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
+from gravitar_dqn import functional
 from gravitar_dqn.charts import Layout
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.execution import choose_execution, choose_precision, prepare, restore_generator
+from gravitar_dqn.execution import Graphed, choose_execution, choose_precision, restore_generator
 from gravitar_dqn.replay import Bools, ReplayBuffer
 
 Array = npt.NDArray[Any]
@@ -61,22 +62,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Take over what `state_dict` returned."""
-
-
-class LearningRate(Protocol):
-    """Settings that say how a learning rate changes."""
-
-    @property
-    def learning_rate(self) -> float:
-        """At the start."""
-
-    @property
-    def learning_rate_end(self) -> float:
-        """At the end."""
-
-    @property
-    def learning_rate_decay(self) -> int:
-        """Agent steps in between; 0: it stays."""
 
 
 class Means:
@@ -125,6 +110,7 @@ class BaseAgent:
 
     learns_while_playing = False
     batch_size: int  # samples in a gradient step
+    optimizer: torch.optim.Optimizer  # of what the policy learns with
 
     def __init__(self, config: RunConfig, spec: EnvSpec, device: torch.device, replay: ReplayBuffer) -> None:
         self.config, self.spec, self.device, self.replay = config, spec, device, replay
@@ -178,15 +164,16 @@ class BaseAgent:
 
     # ---------------------------------------------------------------- learning
 
-    def _scheduled_learning_rate(self, settings: LearningRate) -> float:
-        """From learning_rate to learning_rate_end over learning_rate_decay agent steps."""
-        decay = settings.learning_rate_decay
-        done = min(self.global_step / decay, 1.0) if decay > 0 else 0.0
-        return settings.learning_rate + done * (settings.learning_rate_end - settings.learning_rate)
+    def _scheduled_learning_rate(self, settings: Any) -> float:
+        """What settings with a learning_rate, its _end and its _decay say of this step."""
+        start, end, decay = settings.learning_rate, settings.learning_rate_end, settings.learning_rate_decay
+        return float(functional.linear_schedule(start, end, decay, self.global_step))
 
     def _prepared(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
         """The functions as they run: captured in CUDA graphs, or as they are."""
-        return [prepare(function, self._graphs, self.generator, self.device) for function in functions]
+        if not self._graphs:
+            return list(functions)
+        return [Graphed(function, self.generator, self.device) for function in functions]
 
     def _capture(self) -> None:
         """Decide how optimizers and functions run; with graphs, capture anew, for the tensors of now."""
@@ -201,7 +188,7 @@ class BaseAgent:
 
     def _present_metrics(self) -> dict[str, float]:
         """What is no mean: values of now."""
-        return {"buffer_fill": self.replay.fill}
+        return {"buffer_fill": self.replay.fill, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, NaN where nothing happened, and values of now."""

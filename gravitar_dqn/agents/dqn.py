@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from gravitar_dqn import functional
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Insight, Look, Means, Stateful
 from gravitar_dqn.charts import (
-    BLUE,
     BUFFER,
     EPSILON,
     GREEN,
@@ -50,6 +49,7 @@ class DQNAgent(BaseAgent):
 
     def __init__(self, config: DQNRunConfig, spec: EnvSpec, device: torch.device) -> None:
         settings, num_envs = config.agent, config.env.num_envs
+        check_buffer_fits(settings.buffer_size, spec.frame_shape, spec.frame_dtype, device)
         replay = ReplayBuffer(
             settings.buffer_size,
             num_envs,
@@ -253,8 +253,7 @@ class DQNAgent(BaseAgent):
     # ---------------------------------------------------------------- metrics and state
 
     def _present_metrics(self) -> dict[str, float]:
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        return {**super()._present_metrics(), "epsilon": self.epsilon, "learning_rate": rate}
+        return {**super()._present_metrics(), "epsilon": self.epsilon}
 
     def _parts(self) -> dict[str, Stateful | None]:
         return {
@@ -278,7 +277,7 @@ NOTEBOOK_CHARTS = (
         "score",
         (
             Line("val", "episodic_return", LIGHT_BLUE, source="episodes"),
-            Line("average", "average", BLUE, source="marks"),
+            Line("average", "average", source="marks"),
             Line("max", "max", ORANGE, source="marks", reduce="max"),
             Line("min", "min", GREEN, source="marks", reduce="min"),
         ),
@@ -301,12 +300,6 @@ def charts(config: DQNRunConfig, frames_per_step: int) -> Layout:
     return Layout((SCORE, INT_REWARD, losses, q_mean, EPSILON, speed_chart(frames_per_step), BUFFER))
 
 
-def make_agent(config: DQNRunConfig, spec: EnvSpec, device: torch.device) -> DQNAgent:
-    """A new agent; its replay buffer's size is logged before it is allocated."""
-    check_buffer_fits(config.agent.buffer_size, spec.frame_shape, spec.frame_dtype, device)
-    return DQNAgent(config, spec, device)
-
-
 def make_look(config: DQNRunConfig, spec: EnvSpec, network: nn.Module, state: Mapping[str, Any] | None) -> Look:
     """Q values of an observation and, from a checkpoint's state, its bonus."""
     rnd = None if state is None else make_rnd(spec, config.env.num_envs, config.rnd)
@@ -322,7 +315,7 @@ def make_look(config: DQNRunConfig, spec: EnvSpec, network: nn.Module, state: Ma
 
 
 ENTRY = AgentEntry(
-    make=make_agent,
+    make=DQNAgent,
     make_policy=lambda config, spec: make_q_network(spec, config.agent),
     action_scores=lambda network, obs, generator: network(obs),
     charts=charts,

@@ -14,7 +14,7 @@ from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn import functional
-from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, task_weights
+from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Means, Stateful
 from gravitar_dqn.agents.ppo_parts import (
     MakeOptimizer,
@@ -25,19 +25,13 @@ from gravitar_dqn.agents.ppo_parts import (
     optimizer_maker,
     replay_steps,
 )
-from gravitar_dqn.agents.ppo_views import charts, make_look
+from gravitar_dqn.agents.ppo_views import METRICS, charts, make_look
 from gravitar_dqn.config import PPORunConfig
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.execution import prepare_optimizer, set_learning_rate
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
 from gravitar_dqn.replay import Bools, ReplayBuffer
 from gravitar_dqn.rnd import RND, TRAINED_ENVS
-
-METRICS = (
-    *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction".split(),
-    *(f"{task}_loss" for task in TASKS),
-    *"int_return_mean explained_variance_ext explained_variance_int learning_rate".split(),
-)  # of its own, beside those that every run has
 
 
 class PPOAgent(BaseAgent):
@@ -61,6 +55,7 @@ class PPOAgent(BaseAgent):
         networks: Networks | None = None,
         make_optimizer: MakeOptimizer | None = None,
     ) -> None:
+        check_replay_fits(config, spec, device)
         settings, num_envs = config.agent, config.env.num_envs
         rows = settings.num_steps * num_envs
         replay = ReplayBuffer(
@@ -319,9 +314,8 @@ class PPOAgent(BaseAgent):
         return [self.optimizer] if self.rnd_optimizer is None else [self.optimizer, self.rnd_optimizer]
 
     def _set_learning_rate(self) -> None:
-        self._learning_rate = self._scheduled_learning_rate(self.config.agent)
         for optimizer in self._optimizers():
-            set_learning_rate(optimizer, self._learning_rate)
+            set_learning_rate(optimizer, self._scheduled_learning_rate(self.config.agent))
 
     def _capture(self) -> None:
         for optimizer in self._optimizers():
@@ -332,9 +326,6 @@ class PPOAgent(BaseAgent):
         )
 
     # ---------------------------------------------------------------- metrics and state
-
-    def _present_metrics(self) -> dict[str, float]:
-        return {**super()._present_metrics(), "learning_rate": self._learning_rate}
 
     def _parts(self) -> dict[str, Stateful | None]:
         parts: dict[str, Stateful | None] = {"policy": self.policy, "tasks": self.tasks, "optimizer": self.optimizer}
@@ -347,14 +338,8 @@ class PPOAgent(BaseAgent):
 # ---------------------------------------------------------------- what the rest of the package asks
 
 
-def make_agent(config: PPORunConfig, spec: EnvSpec, device: torch.device) -> PPOAgent:
-    """A new agent."""
-    check_replay_fits(config, spec, device)
-    return PPOAgent(config, spec, device)
-
-
 ENTRY = AgentEntry(
-    make=make_agent,
+    make=PPOAgent,
     make_policy=lambda config, spec: make_actor_critic(spec),
     action_scores=lambda network, obs, generator: functional.gumbel_scores(network(obs)[0], generator),
     charts=charts,

@@ -1,4 +1,4 @@
-"""What is seen of PPO: its charts, and the panel beside a film."""
+"""What is seen of PPO: its metrics, its charts, and the panel beside a film."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gravitar_dqn.agents.auxiliary_tasks import TASKS
 from gravitar_dqn.agents.base import Insight, Look
 from gravitar_dqn.agents.ppo_parts import make_networks
 from gravitar_dqn.charts import BUFFER, INT_REWARD, LOG, ORANGE, SCORE, TO_ZERO, Chart, Layout, Line, speed_chart
@@ -15,6 +16,12 @@ from gravitar_dqn.config import PPORunConfig
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.networks import ActorCritic
 from gravitar_dqn.rnd import RND
+
+METRICS = (
+    *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction".split(),
+    *(f"{task}_loss" for task in TASKS),
+    *"int_return_mean explained_variance_ext explained_variance_int learning_rate".split(),
+)  # of its own, beside those that every run has
 
 
 def charts(config: PPORunConfig, frames_per_step: int) -> Layout:

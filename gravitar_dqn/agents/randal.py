@@ -81,11 +81,7 @@ class RANDAL:
         self.config, self.device = config, choose_device(config.device)
         self.input_size, self.spec = tuple(input_size), spec_for(input_size, action_size)
         self.intr_coeff, self.extr_coeff = intr_coeff, extr_coeff
-        self.weights = {
-            "pixel_control": PC if pixel_control else 0.0,
-            "reward_prediction": RP,
-            "value_replay": VR,
-        }
+        self.weights = {"pixel_control": PC if pixel_control else 0.0, "reward_prediction": RP, "value_replay": VR}
         policy = ActorCritic(policy_model, input_size, action_size, **(policy_args or {}))
         heads = make_task_heads(self.weights, self.spec, policy.dense_size)
         rnd: tuple[nn.Module, nn.Module] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ from gymnasium.vector import AutoresetMode
 
 from gravitar_dqn import checkpoint, training
 from gravitar_dqn.agents.ppo import PPOAgent
-from gravitar_dqn.agents.ppo_parts import check_replay_fits
 from gravitar_dqn.agents.randal import RANDAL
-from gravitar_dqn.config import PPORNDSettings, PPORunConfig, TaskSettings
+from gravitar_dqn.config import PPORNDSettings, PPORunConfig, bounded
 from gravitar_dqn.envs import config_of, spec_of
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import SettingError, UserError
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import keep_freed_memory
 from gravitar_dqn.files import written_whole
@@ -27,7 +26,7 @@ from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Episode, Observer
 from gravitar_dqn.presets import PUBLISHED_PPO
 from gravitar_dqn.run_dir import load_run
-from gravitar_dqn.serialization import SettingError, differences, validate
+from gravitar_dqn.serialization import build, check_bounds, differences, nest, validate
 from gravitar_dqn.telemetry import CsvLog
 
 log = logging.getLogger(__name__)
@@ -51,23 +50,23 @@ class RANDALTrainerConfig:
     """Discount per step of the score."""
     lambda_: float = 0.95
     """Generalized advantage estimation's lambda."""
-    validate_freq: int = 1_000_000
+    validate_freq: int = bounded(1_000_000)
     """Steps from one validation to the next; 0: none."""
-    num_val_episodes: int = 50
+    num_val_episodes: int = bounded(50, low=1)
     """Games of a validation."""
-    max_val_steps: int = 10_000
+    max_val_steps: int = bounded(10_000, low=1)
     """A game of a validation is cut off after this many of its own steps."""
     log_dir: str = "logs/"
     """The run's folder is made here."""
     model_dir: str = "models/"
     """Copies of the policy's weights go here, to a folder of the run's name."""
-    save_freq: int = 0
+    save_freq: int = bounded(0)
     """Steps from one such copy to the next; 0: none. Checkpoints to resume from are in the run's folder anyway."""
     log_scalars: bool = True
     """Draw metrics.csv, which is written anyway, on the dashboard."""
     update_target_freq: int = 0
     """PPO has no target network: only 0 fits."""
-    render_freq: int = 0
+    render_freq: int = bounded(0)
     """Games from one that is filmed to the next; 0: none."""
     gamma_intr: float = 0.99
     """Discount per step of the bonus."""
@@ -125,9 +124,6 @@ class Validator:
         log.info("validation at step %d: mean score %s of %d games", agent.global_step, text[0], len(scores))
         return float(scores.mean())
 
-    def close(self) -> None:
-        """Nothing waits."""
-
 
 class Saver:
     """Copies the policy's weights to a folder every so many steps."""
@@ -146,9 +142,6 @@ class Saver:
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 log.warning("%s not written: %s", path, error)
 
-    def close(self) -> None:
-        """Nothing waits."""
-
 
 class RANDALTrainer:
     """Trains an agent in environments that are given, and closes them.
@@ -163,7 +156,6 @@ class RANDALTrainer:
     def __init__(self, envs: Any, agent: RANDAL, val_envs: Any, config: RANDALTrainerConfig) -> None:
         check(config)
         check_fit(envs, agent)
-        check_rollout(envs, config)
         if val_envs is not None:
             check_fit(val_envs, agent)
             if val_envs is envs:
@@ -195,9 +187,8 @@ class RANDALTrainer:
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
         spec, device = spec_of(self.envs), self.agent.device
-        check_replay_fits(run, spec, device)
         agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
-        agent.tasks.pixel_range = self.agent.pixel_range = self.agent.pixel_range.to(device)
+        agent.tasks.pixel_range = self.agent.pixel_range
         if state:
             training.restore(agent, state.pop("agent"), self.run_dir)
         further: list[Observer] = []
@@ -221,22 +212,7 @@ def check(config: RANDALTrainerConfig) -> None:
         raise UserError(f"returns is {config.returns!r}: NSTEP or GAE")
     if config.update_target_freq:
         raise UserError(f"update_target_freq is {config.update_target_freq}: PPO has no target network, only 0 fits")
-    for name in ("validate_freq", "save_freq", "render_freq"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be at least 0")
-    for name in ("num_val_episodes", "max_val_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
-
-
-def check_rollout(envs: Any, config: RANDALTrainerConfig) -> None:
-    """Raise UserError for a rollout that does not fall into minibatches."""
-    rows = config.nsteps * envs.num_envs
-    if config.num_minibatches > 0 and rows % config.num_minibatches:
-        raise UserError(
-            f"num_minibatches is {config.num_minibatches}: it must divide the {rows} steps of a rollout "
-            "(nsteps times envs.num_envs)"
-        )
+    check_bounds(config)
 
 
 def check_fit(envs: Any, agent: RANDAL) -> None:
@@ -256,12 +232,14 @@ def check_fit(envs: Any, agent: RANDAL) -> None:
 
 # A run's settings by the names that they have here.
 PUBLISHED = {
+    "env.num_envs": "envs.num_envs",
     "agent.num_steps": "nsteps",
-    "agent.num_minibatches": "num_minibatches",
     "agent.update_epochs": "num_epochs",
+    "agent.num_minibatches": "num_minibatches",
+    "agent.optimizer": "optim",
+    "agent.learning_rate": "lr",
     "agent.learning_rate_end": "lr_final",
     "agent.learning_rate_decay": "decay_steps",
-    "agent.learning_rate": "lr",
     "agent.max_grad_norm": "grad_clip",
     "agent.gamma": "gamma",
     "agent.gae_lambda": "lambda_",
@@ -275,44 +253,25 @@ PUBLISHED = {
     "tasks.reward_prediction": "RP",
     "tasks.value_replay": "VR",
     "tasks.replay_length": "replay_length",
-    "env.num_envs": "envs.num_envs",
+    "tasks.scale_pixels": "norm_pixel_reward",
+    "tasks.returns": "returns",
+    "seed": "seed",
+    "total_steps": "total_steps",
+    "device": "device",
+    "video_every": "render_freq",
 }
 
 
 def run_config(envs: Any, agent: RANDAL, config: RANDALTrainerConfig) -> PPORunConfig:
     """The run's settings as every run has them, in config.json."""
-    return PPORunConfig(
+    values = {**asdict(config), **asdict(agent.config), "envs.num_envs": envs.num_envs, "optim": agent.optimizer_name}
+    values |= {"extr_coeff": agent.extr_coeff, "intr_coeff": agent.intr_coeff}
+    values |= {"PC": agent.weights["pixel_control"], "RP": agent.weights["reward_prediction"]}
+    values |= {"VR": agent.weights["value_replay"]}
+    default = PPORunConfig(
         env=config_of(envs),
-        seed=config.seed,
-        agent=replace(
-            PUBLISHED_PPO,
-            num_steps=config.nsteps,
-            update_epochs=config.num_epochs,
-            num_minibatches=config.num_minibatches,
-            optimizer=agent.optimizer_name,
-            learning_rate=agent.config.lr,
-            learning_rate_end=agent.config.lr_final,
-            learning_rate_decay=agent.config.decay_steps,
-            max_grad_norm=agent.config.grad_clip,
-            gamma=config.gamma,
-            gae_lambda=config.lambda_,
-            clip_coef=agent.config.policy_clip,
-            ent_coef=agent.config.entropy_coeff,
-            ext_coef=agent.extr_coeff,
-        ),
-        rnd=PPORNDSettings(
-            coef=agent.intr_coeff, gamma=config.gamma_intr, init_steps=config.init_obs_steps, init_updates=0
-        ),
-        tasks=TaskSettings(
-            pixel_control=agent.weights["pixel_control"],
-            reward_prediction=agent.weights["reward_prediction"],
-            value_replay=agent.weights["value_replay"],
-            replay_length=config.replay_length,
-            scale_pixels=config.norm_pixel_reward,
-            returns="gae" if config.returns == GAE else "nstep",
-        ),
-        total_steps=config.total_steps,
-        device=agent.config.device,
+        agent=PUBLISHED_PPO,
+        rnd=PPORNDSettings(init_updates=0),
         dashboard="auto" if config.log_scalars else "off",
-        video_every=config.render_freq,
     )
+    return cast(PPORunConfig, build(default, nest({name: values[ours] for name, ours in PUBLISHED.items()})))

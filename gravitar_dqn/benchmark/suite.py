@@ -199,7 +199,7 @@ def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dic
     """Steps per second of every contender, round by round."""
 
     def turn(worker: Worker) -> Callable[[], float]:
-        return lambda: worker.turn(settings.seconds).speed
+        return lambda: worker.turn(settings.seconds)
 
     with workers(makers) as contenders:
         return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds)

@@ -7,25 +7,11 @@ import io
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
 from gravitar_dqn.errors import UserError
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a contender did when it was its turn."""
-
-    steps: int  # agent steps played
-    seconds: float
-
-    @property
-    def speed(self) -> float:
-        """Steps per second."""
-        return self.steps / self.seconds
 
 
 class Contender(Protocol):
@@ -50,10 +36,10 @@ class Worker:
         """Until it is ready; UserError with its complaint when it could not be made."""
         self._receive()
 
-    def turn(self, seconds: float) -> Turn:
-        """Let it play for about this long."""
+    def turn(self, seconds: float) -> float:
+        """Steps per second while it plays for about this long."""
         self._connection.send(seconds)
-        return cast(Turn, self._receive())
+        return float(self._receive())
 
     def _receive(self) -> Any:
         try:
@@ -86,7 +72,7 @@ def _serve(connection: Any, make: Callable[..., Contender], arguments: tuple[Any
             connection.send(f"{type(error).__name__}: {error}")
 
 
-def _play_for(contender: Contender, seconds: float) -> Turn:
+def _play_for(contender: Contender, seconds: float) -> float:
     steps, start = 0, time.perf_counter()
     while True:
         steps += contender.play()
@@ -94,7 +80,7 @@ def _play_for(contender: Contender, seconds: float) -> Turn:
             torch.cuda.synchronize()
         passed = time.perf_counter() - start
         if passed >= seconds:
-            return Turn(steps, passed)
+            return steps / passed
 
 
 @contextlib.contextmanager

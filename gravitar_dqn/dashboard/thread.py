@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gravitar_dqn.dashboard.board import Board, Pane, settings_pane, video_pane
-from gravitar_dqn.dashboard.visdom_files import DashboardError
+from gravitar_dqn.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Dashboard:
 
     def __init__(self, run_dir: Path, server: str, *, video_dir: Path | None = None, period: float = 1.0) -> None:
         self.environment = environment_name(run_dir)
-        self._server = _checked(server)
+        self._server = check_address(server)
         self.url = f"{self._server}/env/{self.environment}"
         self._run_dir = run_dir
         self._video_dir = video_dir
@@ -264,10 +264,11 @@ def pause(period: float, failures: int, took: float) -> float:
     return min(wait, LONGEST_PAUSE)
 
 
-def _checked(server: str) -> str:
+def check_address(server: str) -> str:
+    """A server's address with its scheme; UserError when it is none."""
     server = server if "://" in server else f"http://{server}"
     with suppress(ValueError):
         url = urlsplit(server)
         if url.scheme in ("http", "https") and url.hostname and url.port != 0:
             return server.rstrip("/")
-    raise DashboardError(f"{server!r} is not a server's address; give one such as http://127.0.0.1:8097")
+    raise UserError(f"--dashboard: {server!r} is not a server's address; give one such as http://127.0.0.1:8097")

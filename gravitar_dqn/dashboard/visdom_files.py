@@ -21,12 +21,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from gravitar_dqn.errors import UserError
+
 ASSETS = Path(__file__).with_name("visdom_assets.csv")
 FETCH_SECONDS = 60.0  # longest wait for each of the two ways to fetch browser files
-
-
-class DashboardError(ValueError):
-    """The dashboard cannot do what was asked; the message is one line for a person."""
 
 
 def cache_dir() -> Path:
@@ -75,7 +73,7 @@ def installed_visdom() -> tuple[Path, str]:
     # Found without importing it: Visdom's import loads torch.
     spec = importlib.util.find_spec("visdom")
     if spec is None or not spec.submodule_search_locations:
-        raise DashboardError("visdom is not installed; install it with this package's dependencies")
+        raise UserError("visdom is not installed; install it with this package's dependencies")
     return Path(next(iter(spec.submodule_search_locations))), importlib.metadata.version("visdom")
 
 
@@ -97,7 +95,7 @@ def _fill(root: Path, version: str) -> None:
         reasons.append(f"visdom's own download left out {missing[0]['destination_under_static']}")
     except (OSError, subprocess.SubprocessError) as error:
         reasons.append(_reason("visdom's own download", error))
-    raise DashboardError(
+    raise UserError(
         f"the browser files of visdom {version} could not be fetched ({'; '.join(reasons)}); "
         "run scripts/dashboard.py --prepare once with internet access"
     )
@@ -133,7 +131,7 @@ def _fill_from_npm(root: Path, assets: list[dict[str, str]]) -> None:
 
 def _lay_out(destination: Path, data: bytes, row: dict[str, str]) -> None:
     if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        raise DashboardError(
+        raise UserError(
             f"{row['member_of_package']} of {row['npm_package']}@{row['version']} is not the file that was tested "
             "(its sha256 differs): refused; check where npm gets its packages"
         )

@@ -1,8 +1,7 @@
-"""Finding, starting and stopping a Visdom server on 127.0.0.1; the command `dashboard`."""
+"""Finding, starting and stopping a Visdom server on 127.0.0.1."""
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import http.client
 import logging
@@ -15,9 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Literal
 
-from gravitar_dqn.dashboard.visdom_files import DashboardError, browser_files, cache_dir, installed_visdom
+from gravitar_dqn.dashboard.visdom_files import browser_files, cache_dir, installed_visdom
+from gravitar_dqn.errors import UserError
 
 if TYPE_CHECKING:
     import tornado.web
@@ -54,10 +54,10 @@ def find_or_start_server(port: int = DEFAULT_PORT, wait: float = 10.0) -> str | 
                 _start(candidate, wait)
             if state != "taken":
                 return f"http://{HOST}:{candidate}"
-        raise DashboardError(
+        raise UserError(
             f"other programs hold the ports {port} to {candidate}; choose another with scripts/dashboard.py --port"
         )
-    except (DashboardError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"warning: no dashboard: {error}", file=sys.stderr)
         return None
 
@@ -70,7 +70,7 @@ def _start(port: int, wait: float) -> None:
     paths = [str(Path(__file__).resolve().parent.parent.parent), os.environ.get("PYTHONPATH", "")]
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "gravitar_dqn.dashboard.visdom_server", "--port", str(port), "--background"],
+            [sys.executable, "-m", "gravitar_dqn", "dashboard", "--port", str(port)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             cwd=log.parent,
             stdin=subprocess.DEVNULL,
@@ -78,6 +78,8 @@ def _start(port: int, wait: float) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    with suppress(OSError):  # it may have ended
+        os.setpriority(os.PRIO_PROCESS, server.pid, 10)  # drawing must not take the processor from training
     deadline = time.monotonic() + wait
     while time.monotonic() < deadline:
         exited = server.poll() is not None
@@ -86,26 +88,24 @@ def _start(port: int, wait: float) -> None:
         if exited and probe(port) == "free":
             lines = log.read_text(errors="replace").splitlines()
             said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            raise DashboardError(said[-1] if said else f"its server stopped at once, see {log}")
+            raise UserError(said[-1] if said else f"its server stopped at once, see {log}")
         time.sleep(0.1)
     # Still fetching its browser files, then: the dashboard's thread waits for it, training does not.
     print(f"the dashboard's server is still being prepared (log: {log})", file=sys.stderr)
 
 
-def serve(port: int = DEFAULT_PORT, background: bool = False) -> None:
+def serve(port: int = DEFAULT_PORT) -> None:
     """Run a Visdom server on 127.0.0.1 until it is stopped by Ctrl-C or SIGTERM."""
     if probe(port) != "free":
-        raise DashboardError(
+        raise UserError(
             f"port {port} is taken; choose another --port, or stop what holds it "
             f"(if training started it: scripts/dashboard.py --port {port} --stop)"
         )
     static = browser_files()
-    if background:
-        os.nice(10)  # drawing must not take the processor from training
     try:
         application = _application(port, static)
     except Exception as error:  # a broken or unsuitable installation; its import may raise anything
-        raise DashboardError(f"visdom does not start here: {type(error).__name__}: {error}") from error
+        raise UserError(f"visdom does not start here: {type(error).__name__}: {error}") from error
     import tornado.httpserver
     import tornado.ioloop
     import tornado.netutil
@@ -113,7 +113,7 @@ def serve(port: int = DEFAULT_PORT, background: bool = False) -> None:
     try:
         sockets = tornado.netutil.bind_sockets(port, address=HOST, family=socket.AF_INET)
     except OSError as error:
-        raise DashboardError(f"port {port} cannot be used ({error.strerror}); choose another --port") from None
+        raise UserError(f"port {port} cannot be used ({error.strerror}); choose another --port") from None
     with _pid_file(port):
         server = tornado.httpserver.HTTPServer(application, max_buffer_size=2**28)
         server.add_sockets(sockets)
@@ -190,49 +190,3 @@ def _locked_by(file: IO[str]) -> int | None:
         return int(file.read() or 0) or None
     fcntl.flock(file, fcntl.LOCK_UN)
     return None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DashboardError(message)
-
-
-def _port(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535")
-    return int(text)
-
-
-def main(argv: list[str]) -> int:
-    """The command `dashboard`: serve in the foreground, or --stop, or --prepare. Returns the exit code."""
-    parser = _Parser(prog="dashboard", description="A Visdom server on 127.0.0.1 that works with and without internet.")
-    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="default %(default)s")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--stop", action="store_true", help="stop the server on the port, also one that training started"
-    )
-    group.add_argument(
-        "--prepare", action="store_true", help="only fetch the browser files, for a start without internet"
-    )
-    group.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
-    try:
-        options = parser.parse_args(argv)
-        if options.stop:
-            found = stop_server(options.port)
-            where = f"on port {options.port}"
-            print(f"the server {where} is stopped" if found else f"there is no server of this package {where}")
-        elif options.prepare:
-            print(f"browser files are in {browser_files()}")
-        else:
-            serve(options.port, options.background)
-    except (DashboardError, OSError) as error:
-        # --prepare is an extra of the installation, which goes on without it.
-        print(f"{'warning' if '--prepare' in argv else 'error'}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
