@@ -36,7 +36,6 @@ COLUMNS = "stage outcome seconds global_step said".split()
 STAGES = ("tests", "benchmark", "train", "weights", "evaluation", "curves")
 USUAL = {"tests": 180.0, "benchmark": 180.0, "weights": 10.0, "curves": 15.0}  # seconds
 DONE, FAILED, CUT_SHORT, SKIPPED, PIECE = "done", "failed", "cut short", "skipped", "a piece"
-ENDLESS = 10**12  # steps: the time ends the run
 # What the campaign sets itself. The rest of the run can be changed with --settings.
 OWN = sweep_plan.OWN | {
     "preset": "the preset comes first",
@@ -100,14 +99,13 @@ class CampaignConfig:
 
     def needed(self, stage: str) -> float:
         """Seconds that a stage probably takes; only a call that has just begun starts it with fewer left."""
-        usual = USUAL | {"train": self.least, "evaluation": self.reserve}
-        return usual[stage] * (0.25 if self.quick and stage in USUAL else 1)
+        return (USUAL | {"train": self.least, "evaluation": self.reserve})[stage]
 
 
 def arguments_of(options: CampaignConfig) -> list[str]:
     """Arguments of `train` for a new run, without its folder and what changes from call to call."""
     preset = get_preset(options.preset)
-    given = {"dashboard": "off", "video_every": "0", "total_steps": str(ENDLESS)}
+    given = {"dashboard": "off", "video_every": "0", "total_steps": str(10**12)}  # the time ends the run
     if options.quick:
         values = flatten(to_dict(preset))
         given |= {name: str(min(values[name], small)) for name, small in QUICK.items() if name in values}
@@ -309,10 +307,8 @@ class Campaign:
             return "no time was left for it"
         record = files.read_json(self._options.run_dir / "config.json")
         seconds, steps = float(rows[-1]["wall_seconds"]), int(rows[-1]["global_step"])
-        return (
-            f"{steps:,} steps, {int(rows[-1]['frames']):,} frames, {steps / max(seconds, 1e-9):,.0f} steps/s on "
-            f"{record['device']}, commit {record['commit'] or 'unknown'}"
-        )
+        done = f"{steps:,} steps, {int(rows[-1]['frames']):,} frames, {steps / max(seconds, 1e-9):,.0f} steps/s"
+        return f"{done} on {record['device']}, commit {record['commit'] or 'unknown'}"
 
     def table(self) -> str:
         """All that is known so far, as Markdown."""

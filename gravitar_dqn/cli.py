@@ -343,6 +343,7 @@ def main() -> None:
         print(f"gravitar-dqn {{{'|'.join(COMMANDS)}}} [options]; gravitar-dqn COMMAND --help tells more")
         sys.exit(0)
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = did_you_mean(name, COMMANDS)
+        print(f"error: unknown command {name!r}: {hint}there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(run(COMMANDS[name], argv, f"gravitar-dqn {name}"))

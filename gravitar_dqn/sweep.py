@@ -85,8 +85,7 @@ class Sweep:
         self._lock = threading.Lock()  # of all that follows
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._began = monotonic()
-        self._overhead = 6 * options.minutes  # seconds that a run takes beside its training; guessed until one ended
-        self._measured = False
+        self._overheads: list[float] = []  # seconds that each run took beside its training
         self.failures = 0
         self.stopped = False
         self.error: BaseException | None = None
@@ -144,7 +143,8 @@ class Sweep:
 
     def _fits(self, job: Job) -> bool:
         """Whether a run would end within the budget."""
-        needed = 60 * self._options.minutes - wall_seconds(job.run_dir) + self._overhead
+        overhead = max(self._overheads, default=6 * self._options.minutes)  # guessed until one has ended
+        needed = 60 * self._options.minutes - wall_seconds(job.run_dir) + overhead
         budget = 60 * self._options.budget_minutes
         return not budget or monotonic() - self._began + needed <= budget
 
@@ -168,9 +168,7 @@ class Sweep:
         with self._lock:
             self._log.add([row[name] for name in COLUMNS])
             self._log.flush()
-            overhead = monotonic() - began - (wall_seconds(job.run_dir) - trained)
-            self._overhead = max(self._overhead, overhead) if self._measured else overhead
-            self._measured = True
+            self._overheads.append(monotonic() - began - (wall_seconds(job.run_dir) - trained))
         steps, minutes = row["global_step"], row["minutes"]
         print(f"{job.title}: mean score {row['mean']:.1f}, {steps} steps in {minutes:.1f} minutes", flush=True)
         return None

@@ -371,7 +371,7 @@ def test_the_installed_command_names_an_unknown_command(
     monkeypatch.setattr(sys, "argv", ["gravitar-dqn", "trian"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown command 'trian': train, eval, watch")
+    assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown command 'trian': did you mean train? ")
 
 
 def test_help_names_presets_and_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
