@@ -47,7 +47,7 @@ class ToyAgent(BaseAgent):
     def __init__(self, config: ToyRunConfig, spec: EnvSpec, device: torch.device) -> None:
         replay = ReplayBuffer(1_000, config.env.num_envs, spec.frame_shape, spec.frame_dtype, stack=1, device=device)
         super().__init__(config, spec, device, replay)
-        self.network = make_policy(config, spec).to(device)
+        self.network = ENTRY.make_policy(config, spec).to(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), config.agent.learning_rate)
         self._means = [Means(("toy_loss",), device)]
 
@@ -77,13 +77,9 @@ class ToyAgent(BaseAgent):
         return {"network": self.network, "optimizer": self.optimizer}
 
 
-def make_policy(config: ToyRunConfig, spec: EnvSpec) -> nn.Module:
-    return nn.Linear(spec.obs_shape[0], spec.num_actions)
-
-
 ENTRY = AgentEntry(
     make=ToyAgent,
-    make_policy=make_policy,
+    make_policy=lambda config, spec: nn.Linear(spec.obs_shape[0], spec.num_actions),
     action_scores=lambda network, obs, generator: network(obs),
     charts=lambda config, frames_per_step: Layout((SCORE, Chart("toy", "Toy", "loss", (Line("loss", "toy_loss"),)))),
     make_look=lambda config, spec, network, state: lambda obs: Insight("reward", network(obs)[0].detach().numpy()),
