@@ -38,9 +38,7 @@ PUBLISHED_PPO = PPOSettings(  # RND's and RANDAL's
     reward_scale=1.0,
 )
 NO_TASKS = TaskSettings(pixel_control=0.0, reward_prediction=0.0, value_replay=0.0)
-RANDAL_PRESET = PPORunConfig(  # games of at most 4 500 steps, as published
-    env=EnvSettings(num_envs=64, max_frames=18_000), rnd=PPORNDSettings(coef=0.5)
-)
+RANDAL_PRESET = PPORunConfig(env=EnvSettings(num_envs=64, max_frames=18_000))  # at most 4 500 steps, as published
 PPO = PPORunConfig(preset="ppo", env=EnvSettings(num_envs=64), rnd=PPORNDSettings(coef=0.0), tasks=NO_TASKS)
 
 PRESETS: dict[str, RunConfig] = {
@@ -113,7 +111,7 @@ PRESETS: dict[str, RunConfig] = {
     ),
     "randal": RANDAL_PRESET,
     "ppo": PPO,
-    "ppo-rnd": replace(PPO, preset="ppo-rnd", rnd=PPORNDSettings(coef=0.5)),
+    "ppo-rnd": replace(PPO, preset="ppo-rnd", rnd=PPORNDSettings()),
     "randal-cartpole": replace(
         RANDAL_PRESET,
         preset="randal-cartpole",

@@ -270,7 +270,7 @@ def test_the_published_settings() -> None:
     assert (agent.num_steps, agent.update_epochs, agent.num_minibatches) == (128, 4, 4)
     assert (agent.optimizer, agent.learning_rate, agent.learning_rate_end) == ("adam", 1e-4, 1e-4)
     assert (agent.gamma, agent.gae_lambda, agent.clip_coef, agent.ent_coef) == (0.999, 0.95, 0.1, 0.001)
-    assert (agent.ext_coef, PPORNDSettings().coef, PPORNDSettings().gamma, agent.max_grad_norm) == (2.0, 1.0, 0.99, 0.5)
+    assert (agent.ext_coef, PPORNDSettings().gamma, agent.max_grad_norm) == (2.0, 0.99, 0.5)
     assert agent.clip_rewards and EnvSettings().sticky_actions == 0.25 and TaskSettings().replay_length == 2000
 
 
