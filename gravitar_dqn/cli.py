@@ -109,11 +109,11 @@ def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: 
             raise
         words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
         lines = [" ".join(line.split()) for line in words.splitlines()]
-        told = [
+        message = [
             line for line in lines if line.strip("-+ ") and "full helptext" not in line and line != f"{prog} --help"
         ]
-        told = told[1 : told.index("Argument helptext:")] if "Argument helptext:" in told else told[1:]
-        raise UserError(f"{' '.join(told) or 'the arguments do not fit'} ({prog} --help lists all)") from None
+        message = message[1 : message.index("Argument helptext:")] if "Argument helptext:" in message else message[1:]
+        raise UserError(f"{' '.join(message) or 'the arguments do not fit'} ({prog} --help lists all)") from None
     if unknown:
         raise UserError(unknown_option(unknown[0], build, default, prog))
     return result
@@ -179,8 +179,8 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
         if arguments.run_dir is not None and arguments.run_dir != arguments.resume:
             raise UserError("--resume goes on in its own folder: leave --run-dir out")
         if changed := differences(saved, config):
-            told = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
-            raise UserError(f"{arguments.resume} was started with other settings, it cannot go on: {told}")
+            changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+            raise UserError(f"{arguments.resume} was started with other settings, it cannot go on: {changes}")
         run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)

@@ -193,9 +193,9 @@ def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
     presets = {curve.preset for curve in curves}
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
-        told = [f"{name}={value}" for name, value in curve.settings.items() if repr((name, value)) not in shared]
+        differing = [f"{name}={value}" for name, value in curve.settings.items() if repr((name, value)) not in shared]
         name = " ".join(
-            [curve.preset] * (len(presets) > 1 or not told) + [setting.replace("_", "-") for setting in told]
+            [curve.preset] * (len(presets) > 1 or not differing) + [setting.replace("_", "-") for setting in differing]
         )
         groups.setdefault(name, []).append(curve)
     return groups

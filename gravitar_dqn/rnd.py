@@ -157,7 +157,7 @@ class RND(nn.Module):
     # ---------------------------------------------------------------- for an agent that learns from single steps
 
     @torch.no_grad()
-    def observe(self, obs: Tensor, played: Tensor) -> Tensor:
+    def step_bonus(self, obs: Tensor, played: Tensor) -> Tensor:
         """Raw bonus (num_envs,) of the step that led to `obs`; statistics take in where `played` is true."""
         counted = played & self.ready
         bonus = self.bonus(obs) * counted
@@ -210,7 +210,7 @@ class NotebookRND(nn.Module):
         self.register_buffer("history", torch.zeros(self.LENGTH + 1, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def observe(self, obs: Tensor, played: Tensor) -> Tensor:
+    def step_bonus(self, obs: Tensor, played: Tensor) -> Tensor:
         """(bonus - mean) / std over the last 1 000 bonuses, these included, clipped to [-5, 5]: (num_envs,)."""
         with torch.no_grad():
             bonus = self.bonus(obs).double()

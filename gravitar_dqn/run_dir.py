@@ -46,9 +46,10 @@ def claimed(path: Path, asked: Mapping[str, Any], what: str) -> Iterator[None]:
         raise UserError(f"{path.parent} exists and is not {what}'s folder: another --dir starts anew")
     with lock(path.parent):
         before = read_json(path) if path.exists() else asked
-        if told := [f"{name}: {before.get(name)} -> {new}" for name, new in asked.items() if before.get(name) != new]:
+        changes = [f"{name}: {before.get(name)} -> {new}" for name, new in asked.items() if before.get(name) != new]
+        if changes:
             raise UserError(
-                f"{path.parent} holds {what} with other settings, another --dir starts anew: {'; '.join(told)}"
+                f"{path.parent} holds {what} with other settings, another --dir starts anew: {'; '.join(changes)}"
             )
         write_json(path, before)
         yield

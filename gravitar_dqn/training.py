@@ -99,7 +99,7 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def observe(
+def follow(
     config: RunConfig, run_dir: Path, agent: Agent, spec: EnvSpec, state: Mapping[str, Any], further: Sequence[Observer]
 ) -> Iterator[tuple[Tracker, Checkpointer, list[Observer]]]:
     """Everything that follows a run, dashboard and films too, in the order of their calls; closed at the end."""
@@ -197,7 +197,7 @@ def run(
     with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
-        following = observe(config, run_dir, agent, spec_of(envs), state, further)
+        following = follow(config, run_dir, agent, spec_of(envs), state, further)
         tracker, checkpointer, observers = closing.enter_context(following)
         if not state:
             checkpointer.save()  # from now on a kill leaves something whole to resume from

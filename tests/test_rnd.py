@@ -67,10 +67,10 @@ def test_the_bonus_is_the_mean_squared_error_on_one_normalization_for_both_netwo
 def test_the_bonus_uses_the_statistics_from_before_its_own_frames() -> None:
     rnd = make_rnd(spec_of_shape((4, 84, 84)), 2, RNDSettings(coef=1.0, init_updates=0))
     played = torch.tensor([True, True])
-    rnd.observe(stacks(2, 1), played)
+    rnd.step_bonus(stacks(2, 1), played)
     obs = stacks(2, 2)
     expected = rnd.bonus(obs).detach()
-    torch.testing.assert_close(rnd.observe(obs, played), expected)
+    torch.testing.assert_close(rnd.step_bonus(obs, played), expected)
     assert not torch.allclose(rnd.bonus(obs), expected)
 
 
@@ -82,7 +82,7 @@ def test_there_is_no_bonus_and_no_scale_until_the_predictor_has_learned() -> Non
     untrained = None
     for update in range(300):
         obs = torch.randn(4, 8, generator=generator)
-        bonus = rnd.observe(obs, played)
+        bonus = rnd.step_bonus(obs, played)
         loss, fresh = rnd.loss(torch.randn(32, 8, generator=generator), generator)
         optimizer.zero_grad()
         loss.backward()
@@ -157,7 +157,7 @@ def test_notebook_bonus_sees_two_scales_and_is_normalized_over_the_last_thousand
         obs = stacks(1, seed)
         target, predictor = rnd.target(obs.float() / 255), rnd.predictor(obs.float())
         raw.append(0.5 * ((target - predictor) ** 2).sum().item())
-        stored.append(rnd.observe(obs, played).item())
+        stored.append(rnd.step_bonus(obs, played).item())
     assert stored[0] == 0.0
     expected = [(raw[i] - np.mean(raw[: i + 1])) / np.std(raw[: i + 1]) for i in range(1, 5)]
     assert stored[1:] == pytest.approx(np.clip(expected, -5, 5), rel=1e-3)
@@ -170,10 +170,10 @@ def test_notebook_bonus_is_clipped_and_forgets_after_a_thousand() -> None:
     torch.nn.init.zeros_(rnd.predictor.layers[-1].weight)
     rnd.predictor.layers[-1].bias.data.fill_(100.0)
     played = torch.tensor([True])
-    assert rnd.observe(torch.randn(1, 8), played).item() == 5.0  # far above the rest
+    assert rnd.step_bonus(torch.randn(1, 8), played).item() == 5.0  # far above the rest
     assert rnd.history[0] > 1e5  # the oldest made room
     assert rnd.seen.item() == 1001
-    rnd.observe(torch.randn(1, 8), torch.tensor([False]))
+    rnd.step_bonus(torch.randn(1, 8), torch.tensor([False]))
     assert rnd.seen.item() == 1001  # the dummy step after a game's end is no step
 
 
@@ -210,7 +210,7 @@ def test_curiosity_of_every_observation(shape: tuple[int, ...], variant: str) ->
     assert rnd is not None
     dtype = torch.float32 if len(shape) == 1 else torch.uint8
     obs = torch.randint(0, 256, (3, *shape)).to(dtype)
-    assert rnd.observe(obs, torch.ones(3, dtype=torch.bool)).shape == (3,)
+    assert rnd.step_bonus(obs, torch.ones(3, dtype=torch.bool)).shape == (3,)
     loss, _ = rnd.loss(obs, torch.Generator().manual_seed(1))
     assert loss.isfinite()
     if len(shape) == 2:  # of RAM only the newest counts

@@ -143,7 +143,7 @@ class DQNAgent(BaseAgent):
     def _compute_int_rewards(self) -> None:
         assert self.rnd is not None
         with self._autocast:
-            self._bonus.copy_(self.rnd.observe(self._obs, self._played))
+            self._bonus.copy_(self.rnd.step_bonus(self._obs, self._played))
         learned = self.rnd.learning_rewards(self._bonus) * self._played
         self._int_means.add({"int_reward_mean": learned.sum(), "int_reward_max": learned.max()}, self._played.sum())
 
