@@ -227,28 +227,27 @@ class DQNAgent(BaseAgent):
     def _q_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, TD errors (B,) and mean Q of a batch."""
         settings = self.config.agent
+        # Before the passes without gradient: autocast caches weights it has cast, in some versions without theirs.
+        q_values = self.q_network(batch.obs)
+        targets = self._targets(batch)
+        weights = torch.ones_like(targets)
+        if settings.priority_exponent > 0:
+            weights = functional.importance_weights(batch.probabilities, settings.importance_exponent)
+        loss, td_errors = functional.td_loss(q_values, batch.actions, targets, weights)
+        return loss, td_errors, q_values.detach().mean()
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Tensor:
+        """What the chosen actions' values shall be (B,): score and bonus of n steps, and the bootstrap."""
+        settings = self.config.agent
         rewards = settings.reward_scale * batch.rewards
         if self.rnd is not None:
             rewards = rewards + self.config.rnd.coef * self.rnd.learning_rewards(batch.int_rewards)
-        # Before the passes without gradient: autocast caches weights it has cast, in some versions without theirs.
-        q_values = self.q_network(batch.obs)
-        with torch.no_grad():
-            next_q = self.target_network(batch.next_obs)
-            next_q_online = self.q_network(batch.next_obs) if settings.double_q else None
-            terminated = batch.terminated | batch.truncated if settings.time_limit_is_terminal else batch.terminated
-            targets = functional.td_targets(
-                functional.n_step_returns(rewards, settings.gamma),
-                batch.steps,
-                terminated,
-                next_q,
-                settings.gamma,
-                next_q_online,
-            )
-            weights = torch.ones_like(targets)
-            if settings.priority_exponent > 0:
-                weights = functional.importance_weights(batch.probabilities, settings.importance_exponent)
-        loss, td_errors = functional.td_loss(q_values, batch.actions, targets, weights)
-        return loss, td_errors, q_values.detach().mean()
+        returns = functional.n_step_returns(rewards, settings.gamma)
+        next_q = self.target_network(batch.next_obs)
+        next_q_online = self.q_network(batch.next_obs) if settings.double_q else None
+        terminated = batch.terminated | batch.truncated if settings.time_limit_is_terminal else batch.terminated
+        return functional.td_targets(returns, batch.steps, terminated, next_q, settings.gamma, next_q_online)
 
     # ---------------------------------------------------------------- metrics and state
 
