@@ -170,7 +170,7 @@ class PPORNDSettings:
     """Curiosity beside PPO: the paper's form (Burda 2018), with a value head of its own."""
 
     coef: float = bounded(0.1)
-    """Weight of the intrinsic advantages (published: 1; 0.5 drowned the score); 0 builds no predictor and no bonus."""
+    """Weight of the normalized bonus beside the score (published: 1); 0 builds no predictor and no bonus."""
     gamma: float = bounded(0.99, high=1)
     """Discount per step of the bonus, whose returns no game's end cuts."""
     init_steps: int = bounded(600, low=1)

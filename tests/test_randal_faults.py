@@ -29,17 +29,23 @@ def test_the_intrinsic_value_has_a_head_of_its_own() -> None:
         assert other[0].weight.grad is None, "the fault: one head learns both returns"
 
 
-def test_coefficients_weight_advantages_and_not_values() -> None:
+def test_coefficients_weight_advantages_and_not_value_losses() -> None:
     config = settings(rnd=0.25, ext_coef=4.0)
     envs, agent = build(config, probes.DelayedReward)
     agent.update_policy = lambda: None
+    bonuses: list[Tensor] = []
+    int_rewards = agent._int_rewards
+    agent._int_rewards = lambda rnd: bonuses.append(int_rewards(rnd)) or bonuses[-1]  # type: ignore[func-returns-value]
     for _ in islice(play(envs, agent, 1), 5 + 16):
         pass
     rollout = agent.rollout
     adv_ext = rollout.returns_ext.view(16, 8) - rollout.values_ext[:-1]
     adv_int = rollout.returns_int.view(16, 8) - rollout.values_int[:-1]
-    torch.testing.assert_close(rollout.advantages.view(16, 8), 4.0 * adv_ext + 0.25 * adv_int)
-    assert adv_ext.abs().max() > 0.1 and adv_int.abs().max() > 0
+    never = torch.zeros(16, 8, dtype=torch.bool)
+    weighed = functional.gae(0.25 * bonuses[0], rollout.values_int, config.rnd.gamma, 0.95, never, never)
+    torch.testing.assert_close(adv_int, weighed)
+    torch.testing.assert_close(rollout.advantages.view(16, 8), 4.0 * adv_ext + adv_int)
+    assert adv_ext.abs().max() > 0.1 and bonuses[0].abs().max() > 0.1
     # The reference: the sum unweighted, coefficients before the value losses.
     assert not torch.allclose(rollout.advantages.view(16, 8), adv_ext + adv_int, atol=1e-3)
     loss, told = agent._policy_loss(torch.arange(128))

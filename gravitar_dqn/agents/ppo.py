@@ -210,17 +210,20 @@ class PPOAgent(BaseAgent):
             )
         }
         if self.rnd is not None:
-            int_rewards = self._int_rewards(self.rnd)
+            bonus = self._int_rewards(self.rnd)
+            # The coefficient is in the reward, and so in the advantages: with it only there, the bonus's value, with
+            # returns many times those of the score, would take nearly all of the trunk's gradient.
+            int_rewards = config.rnd.coef * bonus
             # No game's end cuts the intrinsic stream: what is new stays so in the next game.
             never = torch.zeros_like(dones)
             adv_int = functional.gae(
                 int_rewards, rollout.values_int, config.rnd.gamma, settings.gae_lambda, never, never
             )
-            advantages = advantages + config.rnd.coef * adv_int
+            advantages = advantages + adv_int
             rollout.returns_int.copy_((adv_int + rollout.values_int[:-1]).view(-1))
             means |= {
-                "int_reward_mean": int_rewards.mean(),
-                "int_reward_max": int_rewards.max(),
+                "int_reward_mean": bonus.mean(),
+                "int_reward_max": bonus.max(),
                 "int_return_mean": rollout.returns_int.mean(),
                 "explained_variance_int": functional.explained_variance(
                     rollout.values_int[:-1].reshape(-1), rollout.returns_int, torch.ones_like(rollout.valid)
