@@ -26,22 +26,8 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "GAE",
-    "MLP",
-    "NSTEP",
-    "RANDAL",
-    "DQNAgent",
-    "NatureCNN",
-    "PPOConfig",
-    "PPOIntrinsic",
-    "PredictorCNN",
-    "PredictorMLP",
-    "RANDALTrainer",
-    "RANDALTrainerConfig",
-    "RewardForwardFilter",
-    "RunningMeanStd",
-]
+__all__ = ["GAE", "MLP", "NSTEP", "RANDAL", "DQNAgent", "NatureCNN", "PPOConfig", "PPOIntrinsic", "PredictorCNN"]
+__all__ += ["PredictorMLP", "RANDALTrainer", "RANDALTrainerConfig", "RewardForwardFilter", "RunningMeanStd"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ import tyro
 
 from gravitar_dqn import files, processes, sweep_plan
 from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import get_preset
 from gravitar_dqn.run_dir import claimed
 from gravitar_dqn.serialization import flatten, to_dict
@@ -35,7 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "stage outcome seconds global_step said".split()
 STAGES = ("tests", "benchmark", "train", "weights", "evaluation", "curves")
 USUAL = {"tests": 180.0, "benchmark": 180.0, "weights": 10.0, "curves": 15.0}  # seconds
+TRIES = 3  # calls that may begin a stage other than training
 DONE, FAILED, CUT_SHORT, SKIPPED, PIECE = "done", "failed", "cut short", "skipped", "a piece"
+BEGUN = "begun"
 # What the campaign sets itself. The rest of the run can be changed with --settings.
 OWN = sweep_plan.OWN | {
     "preset": "the preset comes first",
@@ -127,13 +130,15 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
     asked["settings"] = label(read_settings(options.settings, "--settings", OWN, "a campaign"))
     with claimed(options.dir / "campaign.json", asked, "a campaign"), Stop() as stop:
         campaign = Campaign(options, config, began, stop)
-        campaign.work()
-        (options.dir / "table.md").write_text(text := campaign.table())
+        try:
+            campaign.work()
+        finally:
+            (options.dir / "table.md").write_text(text := campaign.table())
     if (name := campaign.next) is None:
         print(text, end="")
-        return int(campaign.failed)
+        return int(any(campaign.outcome(name) in (FAILED, CUT_SHORT) for name in STAGES))
     print(f"{'stopped' if stop.requested else 'end of this piece'}; next: {name}")
-    print(f"the same command goes on: {processes.command_again()}")
+    print(f"the same command goes on: {processes.command_line(sys.argv[1:])}")
     return 0
 
 
@@ -147,6 +152,9 @@ class Campaign:
         self._end = began + 60 * options.piece_minutes - options.margin  # what still runs then is asked to end,
         self._last = self._end + options.margin / 3  # and then made to; this program ends in the rest
         self._fresh = True  # nothing was started in this call
+        from gravitar_dqn import checkpoint
+
+        checkpoint.mend(options.run_dir)  # the folder may have been copied
         (options.dir / "logs").mkdir(exist_ok=True)
 
     # ------------------------------------------------------------ what is done, and the time it took
@@ -154,19 +162,14 @@ class Campaign:
     def _rows(self, name: str) -> list[dict[str, str]]:
         return [row for row in files.read_rows(self._path) if row["stage"] == name]
 
-    def _outcome(self, name: str) -> str:
+    def outcome(self, name: str) -> str:
         """Of a stage that has ended; else empty."""
         return next((row["outcome"] for row in self._rows(name) if row["outcome"] != PIECE), "")
 
     @property
     def next(self) -> str | None:
         """The stage that has not ended yet; None when all have."""
-        return next((name for name in STAGES if not self._outcome(name)), None)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a stage did not end well."""
-        return any(self._outcome(name) in (FAILED, CUT_SHORT) for name in STAGES)
+        return next((name for name in STAGES if not self.outcome(name)), None)
 
     def _seconds(self, name: str) -> float:
         """That a stage took so far. Of training that was killed metrics.csv tells."""
@@ -176,8 +179,11 @@ class Campaign:
     def _note(self, name: str, outcome: str, seconds: float, said: str) -> None:
         rows = files.read_rows(self._options.run_dir / "metrics.csv")
         step = rows[-1]["global_step"] if rows else 0
+        said = said.replace(f"{self._options.dir.resolve()}/", "").replace(f"{self._options.dir}/", "")
         self._log.add([name, outcome, f"{seconds:.1f}", step, said or "it printed nothing"])
         self._log.flush()
+        if outcome not in (PIECE, self.outcome(name)):
+            raise UserError(f"{self._path} cannot be written: is the disk full?")
         if outcome != PIECE:
             print(f"{name}: {outcome} ({said})", flush=True)
 
@@ -190,7 +196,9 @@ class Campaign:
                 return  # the next call has more time for it
             late = name in STAGES[3:] and not self._has_checkpoint()
             command = "the run has no checkpoint" if late else getattr(self, f"_{name}")()
-            if isinstance(command, str):
+            if [row["said"] for row in self._rows(name)].count(BEGUN) == TRIES:
+                self._note(name, CUT_SHORT, 0.0, f"begun by {TRIES} calls, none of which ended it")
+            elif isinstance(command, str):
                 self._note(name, SKIPPED, 0.0, command)
             elif name == "train":
                 self._train_on(command)
@@ -219,15 +227,14 @@ class Campaign:
         return processes.package_command(words)
 
     def _train(self) -> list[str]:
-        from gravitar_dqn import checkpoint
-
-        run_dir = self._options.run_dir
-        checkpoint.mend(run_dir)  # the folder may have been copied
-        minutes = (self._seconds("train") + self._training_left()) / 60
-        # Starting and saving take time too: the last part begins a little earlier.
-        free = {"total_minutes": f"{minutes:.4f}", **for_snapshots(2 if self._options.quick else 5, 0.9 * minutes)}
-        options = [*as_options(get_preset(self._options.preset), free), f"--device={self._options.device}"]
-        words = processes.how_to_train(run_dir, arguments_of(self._options), options)
+        trained, left = self._seconds("train"), self._training_left()
+        probable = 0.9 * (trained + left) / 60  # minutes: starting and saving take time too
+        free = {"total_minutes": f"{(trained + left) / 60:.4f}", "device": self._options.device}
+        free |= for_snapshots(2 if self._options.quick else 5, probable)
+        if trained + self._end - monotonic() < 60 * probable * (1 - sweep_plan.LAST_PART):
+            free["keep_checkpoints"] = "2"  # nothing of the last part yet: what travels stays small
+        options = list(as_options(get_preset(self._options.preset), free))
+        words = processes.how_to_train(self._options.run_dir, arguments_of(self._options), options)
         return processes.package_command(["train", *words])
 
     def _training_left(self) -> float:
@@ -239,7 +246,7 @@ class Campaign:
         """Begin the run, or go on with it, until its time or the call's is over."""
         if self._training_left() >= self._options.least:
             self._process("train", command, self._training_left())
-        if not self._outcome("train") and self._training_left() < self._options.least:
+        if not self.outcome("train") and self._training_left() < self._options.least:
             self._note("train", DONE if self._has_checkpoint() else FAILED, 0.0, self._how_far())
 
     def _weights(self) -> list[str]:
@@ -273,6 +280,8 @@ class Campaign:
         began, fresh, self._fresh = monotonic(), self._fresh, False
         until = min(began + limit, self._end)
         print(f"{name}: started, for at most {(until - began) / 60:.1f} minutes", flush=True)
+        if name != "train":
+            self._note(name, PIECE, 0.0, BEGUN)  # for the calls after a kill
         process = processes.start(command, self._log_of(name), dies_with_us=True)
         interrupted = False
         try:
@@ -280,7 +289,7 @@ class Campaign:
                 if not interrupted and (self._stop.requested or monotonic() >= until):
                     process.send_signal(signal.SIGINT)
                     interrupted = True
-                if monotonic() >= self._last:
+                if monotonic() >= min(self._last, until + self._options.margin):
                     break
                 sleep(0.02)
         finally:
@@ -295,8 +304,13 @@ class Campaign:
             self._note(name, ended or PIECE, seconds, self._how_far() if ended != FAILED else line)
         elif not interrupted:
             self._note(name, FAILED, seconds, line)
-        elif not self._stop.requested and (fresh or until < self._end):
-            self._note(name, CUT_SHORT, seconds, f"after {seconds:.0f} s")
+        else:
+            waits = self._stop.requested or (not fresh and until == self._end)
+            self._note(name, PIECE if waits else CUT_SHORT, seconds, f"after {seconds:.0f} s")
+        if name == "evaluation" and self.outcome(name) == DONE:
+            newest = (self._options.run_dir / "checkpoints" / "latest").resolve()
+            for path in {*newest.parent.glob("step_*.pt")} - {newest}:  # the others have served
+                path.unlink()
 
     # ------------------------------------------------------------ results
 
@@ -314,7 +328,7 @@ class Campaign:
         """All that is known so far, as Markdown."""
         options, lines = self._options, []
         for name in STAGES:
-            outcome, rows = self._outcome(name), self._rows(name)
+            outcome, rows = self.outcome(name), self._rows(name)
             said = " ".join((rows[-1]["said"] if rows else "").split()).replace("|", r"\|")
             more = f"; more in logs/{name}.log" * (outcome in (FAILED, CUT_SHORT))
             minutes = self._seconds(name) / 60
@@ -323,6 +337,6 @@ class Campaign:
         title += f' --settings "{options.settings}"' * bool(options.settings) + " --quick" * options.quick
         lines = [title, "", "| stage | outcome | minutes | |", "|---|---|---|---|", *lines]
         for name in ("evaluation", "benchmark"):
-            if self._outcome(name) == DONE:
-                lines += ["", f"## {name}", "", "```", self._log_of(name).read_text().strip(), "```"]
+            if self._rows(name) and (output := files.last_output(self._log_of(name))):
+                lines += ["", f"## {name}", "", "```", output, "```"]
         return "\n".join(lines) + "\n"

@@ -156,7 +156,7 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConf
     argv = list(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     saved_in = resume_folder(argv)
-    saved = load_run(saved_in) if saved_in is not None else None
+    saved = load_run(saved_in, to_train=True) if saved_in is not None else None
     default = saved or get_preset(preset or "gravitar")
     if saved is not None and preset not in (None, saved.preset):
         raise UserError(f"{saved_in} was started with the preset {saved.preset}, not {preset}: leave the preset out")
@@ -202,7 +202,7 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
     from gravitar_dqn.execution import choose_device
 
-    how: dict[str, Any] = {"episodes": arguments.episodes, "epsilon": arguments.epsilon, "seed": arguments.seed}
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed")}
     how["device"] = choose_device(arguments.device)
     result = evaluate(trained, **how)
     if arguments.run_dir:
@@ -286,6 +286,8 @@ def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
     options = parse(DashboardArguments, argv, prog, "A Visdom server on 127.0.0.1 that works without internet too.")
     check_bounds(options, "--")
+    if options.stop and options.prepare:
+        raise UserError("--stop or --prepare, not both")
     from gravitar_dqn.dashboard.visdom_files import browser_files
     from gravitar_dqn.dashboard.visdom_server import serve, stop_server
 

@@ -63,7 +63,12 @@ def wall_seconds(run_dir: Path) -> float:
     return float(rows[-1]["wall_seconds"]) if rows else 0.0
 
 
+def last_output(path: Path) -> str:
+    """What the last command ("$ ...") in a log printed; nothing where there is no log."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return ("\n" + text).rpartition("\n$ ")[2].partition("\n")[2].strip()
+
+
 def last_line(path: Path) -> str:
-    """The last line of a log that says anything."""
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("$ ")), "")
+    """The last line of that."""
+    return last_output(path).rpartition("\n")[2].strip()

@@ -153,4 +153,4 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise UserError("setting config is not a table of settings")
     if "preset" not in values:
         raise UserError("setting preset is missing: was it written by another version?")
-    return typing.cast(RunConfig, build(get_preset(str(values["preset"])), values))
+    return typing.cast(RunConfig, build(PRESETS.get(str(values["preset"]), GRAVITAR), values))

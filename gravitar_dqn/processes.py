@@ -76,11 +76,6 @@ def command_line(words: Sequence[str], command: str = "") -> str:
     return shlex.join([*start, *filter(None, [command]), *words])
 
 
-def command_again() -> str:
-    """What was typed."""
-    return command_line(sys.argv[1:])
-
-
 def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:
     """Words of `train` that begin a run, or go on with it.
 
@@ -89,6 +84,9 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
         arguments: preset and settings of a new run.
         free: settings that are also given to a run that goes on.
     """
+    from gravitar_dqn import checkpoint  # torch
+
+    checkpoint.mend(run_dir)  # the folder may have been copied
     if (run_dir / "checkpoints" / "latest").exists():
         return ["--resume", str(run_dir), *free]
     if wall_seconds(run_dir):

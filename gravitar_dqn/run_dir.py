@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gravitar_dqn.config import RunConfig
+from gravitar_dqn.config import FREE_FIELDS, RunConfig
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import read_json, write_json
 from gravitar_dqn.presets import from_dict
-from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.serialization import flatten, to_dict
 
 
 @contextlib.contextmanager
@@ -74,15 +74,21 @@ def write_config(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     write_json(run_dir / "config.json", record)
 
 
-def load_run(run_dir: Path) -> RunConfig:
-    """The configuration in a run's folder (`config.json`); UserError when it is no such folder."""
+def load_run(run_dir: Path, *, to_train: bool = False) -> RunConfig:
+    """The configuration in a run's folder (`config.json`); UserError when it is no such folder.
+
+    Settings that are newer than the run are as in today's preset, but not `to_train` on: that would be another run.
+    """
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir} is not a run's folder: it has no config.json")
     record = read_json(path)
     if "config" not in record:
         raise UserError(f"{path} is not a run's configuration")
-    return from_dict(record["config"])
+    config = from_dict(record["config"])
+    if to_train and (newer := sorted(set(flatten(to_dict(config))) - {*flatten(record["config"]), *FREE_FIELDS})):
+        raise UserError(f"{run_dir} was started by a version without {newer[0]}: it can be played, but not go on")
+    return config
 
 
 def versions() -> dict[str, str]:

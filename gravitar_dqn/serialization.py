@@ -60,7 +60,7 @@ def _value(hint: Any, value: Any, name: str, default: Any) -> Any:
     else:
         fits, expected = type(value) is hint, hint.__name__
     if not fits:
-        raise UserError(f"setting {name} is {value!r}: it must be {expected}")
+        raise SettingError(name, f"is {value!r}: it must be {expected}")
     return float(value) if hint is float else value
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_line, read_json, read_rows, wall_seconds
-from gravitar_dqn.processes import command_again, how_to_train, package_command, start
+from gravitar_dqn.processes import command_line, how_to_train, package_command, start
 from gravitar_dqn.run_dir import claimed
 from gravitar_dqn.sweep_plan import Job, SweepConfig
 from gravitar_dqn.telemetry import CsvLog
@@ -65,10 +65,11 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
         if sweep.error is not None:
             raise sweep.error
         print(table(read_rows(sweep.path), jobs))
+        again = command_line(sys.argv[1:])
         if sweep.stopped:
-            log.info(f"stopped; the same command goes on: {command_again()}")
+            log.info(f"stopped; the same command goes on: {again}")
         elif sweep.left:
-            log.info(f"{sweep.left} runs were not started, they would not end in time; again: {command_again()}")
+            log.info(f"{sweep.left} runs were not started, they would not end in time; again: {again}")
         return 0 if sweep.stopped else int(sweep.failures > 0)
 
 
@@ -151,7 +152,11 @@ class Sweep:
     def _do(self, job: Job, threads: int) -> None:
         began, trained = monotonic(), wall_seconds(job.run_dir)
         log = job.run_dir.with_name(job.run_dir.name + ".log")
-        if not self._process(["train", *how_to_train(job.run_dir, job.arguments)], log, threads):
+        try:
+            words = how_to_train(job.run_dir, job.arguments)
+        except UserError as error:
+            return self._failed(job, log, str(error))
+        if not self._process(["train", *words], log, threads):
             # A sweep that was killed may have left a complete run without its row.
             if self.stopped or " is complete (" not in last_line(log):
                 return self._failed(job, log)
@@ -205,6 +210,8 @@ def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
     seconds, steps = float(last["wall_seconds"]), int(last["global_step"])
     scores = [float(row["episodic_return"]) for row in read_rows(job.run_dir / "episodes.csv")[-LAST_GAMES:]]
     means = read_json(job.run_dir / "snapshots.json")["mean"] if snapshots else []
+    if snapshots and not means:
+        raise UserError("it kept no checkpoints of its last sixth")
     return {
         "preset": job.preset,
         "variant": job.variant,

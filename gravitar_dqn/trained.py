@@ -1,7 +1,7 @@
 """Agents as they are after training: from a run's folder, or from the weights that ship with the package.
 
 Shipped weights are those of the network that acts, in float16; the settings of their run, the steps it played and
-what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NAME` makes such a file of a run.
+what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NAME-OR-PATH` makes such a file of a run.
 """
 
 from __future__ import annotations

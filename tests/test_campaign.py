@@ -17,6 +17,7 @@ from gravitar_dqn import campaign, checkpoint, cli, execution, files, trained, t
 from gravitar_dqn.campaign import PIECE, STAGES, CampaignConfig
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run_dir import lock
+from gravitar_dqn.telemetry import CsvLog
 
 ALL_DONE = dict.fromkeys(STAGES, "done")
 HOME = Path("runs/campaign")
@@ -153,11 +154,12 @@ def test_the_run_goes_on_and_keeps_checkpoints_of_its_last_part(processes: Proce
     assert 30 < min(minutes) <= max(minutes) < 40
     spacing = [float(option(words, "checkpoint-minutes")) for words in (first, *others)]
     kept = [int(option(words, "keep-checkpoints")) for words in (first, *others)]
-    assert all(one * many >= whole / 6 for one, many, whole in zip(spacing, kept, minutes, strict=True))
+    assert kept[0] == 2 and kept[-1] * spacing[-1] >= minutes[-1] / 6 and kept == sorted(kept)
     evaluated = processes.words["evaluation"][0]
     assert evaluated[:2] == ["eval", "runs/campaign/gravitar__5"]
     assert "--episodes=100" in evaluated and "--snapshots=5" in evaluated
     assert "--published" in processes.words["curves"][0]
+    assert len(list(Path("runs/campaign/gravitar__5/checkpoints").glob("step_*.pt"))) == 1, "what travels is small"
     written = processes.words["weights"][0]
     assert written == ["runs/campaign/gravitar__5", str(Path("runs/campaign/weights/gravitar").resolve())]
 
@@ -189,16 +191,54 @@ def test_what_does_not_fit_into_the_rest_of_a_call_waits(processes: Processes) -
     assert outcomes()["benchmark"] == "done"
 
 
-def test_training_that_was_killed_counts(processes: Processes) -> None:
-    run()
-    run()
-    before = 60 * float(option(processes.words["train"][-1], "total-minutes"))
+def test_training_that_was_killed_counts(processes: Processes, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--minutes", 12)  # 720 s, of which 250 were tests and benchmark, and 108 are kept for the end
     noted = (HOME / "campaign.csv").read_text().splitlines()
     assert noted[-1].startswith("train,a piece,")
     (HOME / "campaign.csv").write_text("\n".join(noted[:-1]) + "\n")  # as a kill would have left it
-    run()
-    after = 60 * float(option(processes.words["train"][-1], "total-minutes"))
-    assert abs(after - before) <= 300, "metrics.csv knew of 300 seconds"
+    wall = files.wall_seconds(HOME / "gravitar-ram__742")
+    assert wall > 250
+    capsys.readouterr()
+    run("--minutes", 12)
+    told = re.search(r"train: started, for at most (.*) minutes", capsys.readouterr().out)
+    assert told is not None and abs(60 * float(told[1]) - (720 - 250 - 108 - wall)) < 10
+
+
+@pytest.mark.parametrize("name", ["tests", "evaluation"])
+def test_a_stage_that_kills_every_call_is_not_begun_for_ever(
+    name: str, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException): ...
+
+    def killed(stage: str) -> str:
+        if stage == name:
+            raise Killed
+        return ""
+
+    processes.fails = killed
+    calls = 0
+    while outcomes().get(name) != "cut short":
+        calls += 1
+        assert calls < 20
+        try:
+            run()
+        except Killed:
+            assert (HOME / "table.md").exists(), "what is known so far is kept"
+    processes.fails = lambda stage: ""
+    assert finish(processes)[1] == 1
+    assert outcomes() == ALL_DONE | {name: "cut short"} and len(processes.words[name]) == 3
+
+
+def test_a_process_that_does_not_listen_is_killed(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = []
+    monkeypatch.setattr(FakeProcess, "send_signal", lambda self, number: None)
+    monkeypatch.setattr(campaign.os, "killpg", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(FakeProcess, "wait", lambda self: setattr(self, "returncode", -9))
+    processes.seconds["tests"] = 1e9
+    began = processes.clock.now
+    run("--minutes", 30)
+    assert (FakeProcess.pid, signal.SIGKILL) in killed and outcomes()["tests"] == "cut short"
+    assert processes.clock.now - began < 9 * 60
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -212,7 +252,7 @@ def test_a_stage_that_fails_is_noted_and_the_others_follow(processes: Processes)
     table = (HOME / "table.md").read_text()
     assert "| tests | failed | 1.7 | 1 failed, 3 passed in 7.12s; more in logs/tests.log |" in table
     assert r"| a \| b; more in logs/benchmark.log |" in table
-    assert "## evaluation\n\n```\n12 passed\n```" in table and "## benchmark" not in table
+    assert "## evaluation\n\n```\n12 passed\n```" in table
     assert run() == 1, "and it stays so"
 
 
@@ -231,6 +271,24 @@ def test_the_link_to_the_newest_checkpoint_may_be_lost_on_the_way(processes: Pro
     Path("runs/campaign").rename("runs/elsewhere")
     run("--dir", "runs/elsewhere")
     assert processes.words["train"][-1][:3] == ["train", "--resume", "runs/elsewhere/gravitar-ram__742"]
+
+
+def test_nor_are_results_lost_with_it(processes: Processes) -> None:
+    while outcomes().get("train") != "done":
+        run()
+    for name in ("weights", "evaluation", "curves"):  # what the last call still did
+        kept = [line for line in (HOME / "campaign.csv").read_text().splitlines() if not line.startswith(name)]
+        (HOME / "campaign.csv").write_text("\n".join(kept) + "\n")
+    (HOME / "gravitar-ram__742/checkpoints/latest").unlink()
+    assert run() == 0 and outcomes() == ALL_DONE
+
+
+def test_a_full_disk_ends_the_call(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CsvLog, "flush", lambda self: None)
+    assert run() == 2
+    assert "error: runs/campaign/campaign.csv cannot be written: is the disk full?" in capsys.readouterr().err
 
 
 def test_a_run_without_its_checkpoints_does_not_start_anew(
@@ -366,4 +424,5 @@ def test_a_campaign_that_is_killed_and_stopped_comes_to_its_end(tmp_path: Path) 
     assert agent.global_step == second and agent.config.preset == "cartpole"
     assert (folder / "table.md").read_text() in out and "epsilon              0.001" in out
     assert (folder / "curves.png").exists()
-    assert str(tmp_path) not in (folder / "campaign.json").read_text()
+    for name in ("campaign.json", "campaign.csv", "table.md"):
+        assert str(tmp_path) not in (folder / name).read_text(), name

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 LAYERS = [
     {"errors", "ram_envs", "charts", "logs", "functional", "dashboard", "benchmark"},
     {"config", "files", "execution", "memory", "encoders", "dashboard.visdom_files"},
-    {"serialization", "replay", "checkpoint", "processes", "benchmark.options", "dashboard.visdom_server"},
+    {"serialization", "replay", "checkpoint", "benchmark.options", "dashboard.visdom_server"},
+    {"processes"},
     {"envs", "presets", "loop"},
     {"networks"},
     {"rnd", "run_dir", "telemetry", "agents.base", "agents.auxiliary_tasks", "sweep_plan"},

@@ -33,7 +33,7 @@ def test_coefficients_weight_advantages_and_not_value_losses() -> None:
     config = settings(rnd=0.25, ext_coef=4.0)
     envs, agent = build(config, probes.DelayedReward)
     agent.update_policy = lambda: None
-    bonuses: list[Tensor] = []
+    bonuses: list[torch.Tensor] = []
     int_rewards = agent._int_rewards
     agent._int_rewards = lambda rnd: bonuses.append(int_rewards(rnd)) or bonuses[-1]  # type: ignore[func-returns-value]
     for _ in islice(play(envs, agent, 1), 5 + 16):

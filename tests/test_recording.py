@@ -126,6 +126,7 @@ def test_a_film_that_the_disk_cuts_short_is_not_passed_off_as_whole(tmp_path: Pa
 import resource, signal
 import numpy as np
 from pathlib import Path
+from gravitar_dqn.errors import UserError
 from gravitar_dqn.recording import mp4_writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

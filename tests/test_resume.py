@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or repeated: nothing is lost or doubled, and a seed plays the same games twice."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -83,16 +84,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) 
     monkeypatch.setattr(training.Checkpointer, "step", step_and_signal)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_and_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    handlers = [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stop_at(monkeypatch, 150, number)
     assert train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run") == 0
     assert "stopped at step 150, saved; go on with: " in capsys.readouterr().err
     assert saved_step(tmp_path / "run") == 150
-    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_a_stop_that_cannot_save_says_so(
@@ -186,6 +189,23 @@ def test_a_run_of_the_version_before_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 
 # ---------------------------------------------------------------- the replay buffer in the checkpoint
+
+
+def test_a_run_from_before_a_setting_was_there_is_played_but_does_not_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", run_dir) == 0
+    record = json.loads((run_dir / "config.json").read_text())
+    del record["config"]["keep_checkpoints"]  # free: it takes its default
+    (run_dir / "config.json").write_text(json.dumps(record))
+    assert train("--resume", run_dir, "--total-steps", 90) == 0
+    del record["config"]["agent"]["n_step"]
+    (run_dir / "config.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    said = refusal(capsys, train("--resume", run_dir, "--total-steps", 120))
+    assert said == f"{run_dir} was started by a version without agent.n_step: it can be played, but not go on"
+    assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "1", "--device", "cpu"], "evaluate.py") == 0
 
 
 def test_a_resumed_buffer_holds_what_was_stored(tmp_path: Path) -> None:

@@ -430,6 +430,19 @@ def test_a_run_that_does_not_fit_fails_alone(capsys: pytest.CaptureFixture[str])
     assert len(said.splitlines()) == 1
 
 
+def test_a_run_that_lost_its_checkpoints_fails_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cartpole", "--seeds", 1, 2, "--settings", TINY, "--minutes", 0.02, "--episodes", 1, "--dir", "s"]
+    assert run(*words, "--budget-minutes", 0.0001) == 0  # begun, and nothing done
+    lost = Path("s/cartpole__base__1")
+    lost.mkdir()
+    (lost / "metrics.csv").write_text("wall_seconds,global_step\n1.5,100\n")
+    capsys.readouterr()
+    assert run(*words) == 1
+    said = capsys.readouterr().err
+    assert "cartpole base seed 1 failed (s/cartpole__base__1 has lost its checkpoints: copy them back" in said
+    assert [row["seed"] for row in table(Path("s/sweep.csv"))] == ["2"]
+
+
 # ---------------------------------------------------------------- snapshots
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,7 @@ class Rollout:
     @staticmethod
     def empty(num_steps: int, num_envs: int, features: int, device: torch.device) -> Rollout:
         """Zeros of these shapes."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        rows = num_steps * num_envs
+        rows, zeros = num_steps * num_envs, partial(torch.zeros, device=device)
         return Rollout(
             indices=torch.zeros((num_steps + 1, num_envs), dtype=torch.int64, device=device),
             log_probs=zeros(num_steps, num_envs),

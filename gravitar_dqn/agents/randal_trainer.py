@@ -161,8 +161,8 @@ class RANDALTrainer:
             if val_envs is envs:
                 raise UserError("val_envs are the environments that are trained in: make others for validation")
         self.config, self.envs, self.agent, self.val_envs = config, envs, agent, val_envs
-        self.run_config = run_config(envs, agent, config)
         try:
+            self.run_config = run_config(envs, agent, config)
             validate(self.run_config)
         except SettingError as error:
             raise UserError(f"{PUBLISHED.get(error.name, error.name)} {error.complaint}") from None
@@ -179,7 +179,7 @@ class RANDALTrainer:
         state: dict[str, Any] = {}
         if resume is not None:
             self.run_dir = Path(resume)
-            if changed := differences(load_run(self.run_dir), run):
+            if changed := differences(load_run(self.run_dir, to_train=True), run):
                 text = [f"{PUBLISHED.get(name, name)}: {old} -> {new}" for name, (old, new) in changed.items()]
                 raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(text)}")
             state = checkpoint.load(self.run_dir)

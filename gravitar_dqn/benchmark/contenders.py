@@ -37,16 +37,15 @@ def our_config(
     *,
     plain: bool = False,
     curious: bool = True,
-    updates: int = UPDATES,
     max_grad_norm: float = 0.0,
     fast: bool = True,
 ) -> DQNRunConfig:
-    """The `gravitar` preset with so many updates every STEPS steps; UserError where that cannot be.
+    """The `gravitar` preset with UPDATES gradient steps every STEPS steps; UserError where that cannot be.
 
     `plain`: the notebook's network and targets instead of ours, and `max_grad_norm`. `fast` off: eager fp32.
     """
     size = max(20_000, 16 * num_envs)
-    agent = DQNSettings(buffer_size=size, learning_starts=2_000, train_frequency=STEPS, gradient_steps=updates)
+    agent = DQNSettings(buffer_size=size, learning_starts=2_000, train_frequency=STEPS, gradient_steps=UPDATES)
     if plain:
         agent = replace(
             agent,

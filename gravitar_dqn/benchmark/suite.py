@@ -163,20 +163,6 @@ def training_rows(settings: BenchConfig) -> list[Row]:
     return rows + rows_of("training, as a share of its parts", unit, whole, parts, higher_is_better=True)
 
 
-def learning_rows(settings: BenchConfig) -> list[Row]:
-    """Whole training by the samples learned for each step, as a share of the bare emulator's speed."""
-    emulator = "the emulator alone"
-    makers: dict[str, tuple[Any, ...]] = {
-        emulator: (contenders.BareEmulator, contenders.our_config(settings.device, settings.num_envs))
-    }
-    for updates in (5, 20):
-        samples = updates * contenders.BATCH / contenders.STEPS
-        config = contenders.our_config(settings.device, settings.num_envs, updates=updates)
-        makers[f"the gravitar preset, {samples:g} samples a step"] = (contenders.Ours, config)
-    speeds = take_turns(makers, settings)
-    return rows_of("training against the emulator", "steps/s", speeds, emulator, higher_is_better=True)
-
-
 def actor_critic_rows(settings: BenchConfig) -> list[Row]:
     """Whole training of RANDAL, of PPO with curiosity and of plain PPO, against Stable-Baselines3's PPO."""
 
@@ -223,7 +209,6 @@ def run(settings: BenchConfig) -> dict[str, Any]:
     rows: list[Row] = []
     sections: dict[str, Callable[[], list[Row]]] = {
         "whole training": lambda: training_rows(settings),
-        "whole training, by samples learned": lambda: [] if settings.quick else learning_rows(settings),
         "actor-critics": lambda: [] if settings.quick else actor_critic_rows(settings),
         "networks": lambda: network_rows(settings, device),
         "replay": lambda: replay_rows(settings, device),
