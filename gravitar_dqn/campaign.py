@@ -135,8 +135,9 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
         finally:
             (options.dir / "table.md").write_text(text := campaign.table())
     if (name := campaign.next) is None:
-        print(text, end="")
-        return int(any(campaign.outcome(name) in (FAILED, CUT_SHORT) for name in STAGES))
+        bad = [name for name in STAGES if campaign.outcome(name) in (FAILED, CUT_SHORT)]
+        print(f"{text}all stages have ended, {len(bad)} of them badly")
+        return int(bool(bad))
     print(f"{'stopped' if stop.requested else 'end of this piece'}; next: {name}")
     print(f"the same command goes on: {processes.command_line(sys.argv[1:])}")
     return 0
@@ -209,15 +210,14 @@ class Campaign:
         """The stage's command, or why it is skipped."""
         from gravitar_dqn.execution import choose_device
 
-        tests = ROOT / "tests"
-        if not (tests / "test_gpu.py").exists():
+        if not (ROOT / "tests" / "test_gpu.py").exists():
             return "this is not a clone of the repository"
         if choose_device(self._options.device).type != "cuda":
             return "no CUDA device"
         if importlib.util.find_spec("pytest") is None:
             return "pytest is not installed"
         words = ["-q", "-p", "no:cacheprovider", "-m", "gpu", f"--rootdir={ROOT}", f"-c={ROOT / 'pyproject.toml'}"]
-        return [sys.executable, "-m", "pytest", *words, str(tests)]
+        return [sys.executable, "-m", "pytest", *words, str(ROOT / "tests")]
 
     def _benchmark(self) -> list[str]:
         words = ["bench", "--quick", f"--device={self._options.device}"]
@@ -254,15 +254,14 @@ class Campaign:
         return [sys.executable, "-m", "gravitar_dqn.trained", str(self._options.run_dir), str(path)]
 
     def _evaluation(self) -> list[str]:
-        quick = self._options.quick
-        words = ["eval", str(self._options.run_dir), f"--device={self._options.device}"]
-        words += [f"--episodes={4 if quick else 100}", f"--snapshots={2 if quick else 5}"]
+        games = ["--episodes=4", "--snapshots=2"] if self._options.quick else ["--episodes=100", "--snapshots=5"]
+        words = ["eval", str(self._options.run_dir), f"--device={self._options.device}", *games]
         return processes.package_command(words)
 
     def _curves(self) -> list[str]:
-        words = ["plot", str(self._options.run_dir), f"--out={self._options.dir / 'curves.png'}"]
-        words += ["--published"] * ("gravitar" in self._config.env.id.lower())
-        return processes.package_command(words)
+        published = ["--published"] * ("gravitar" in self._config.env.id.lower())
+        out = f"--out={self._options.dir / 'curves.png'}"
+        return processes.package_command(["plot", str(self._options.run_dir), out, *published])
 
     def _has_checkpoint(self) -> bool:
         return (self._options.run_dir / "checkpoints" / "latest").exists()
@@ -297,6 +296,8 @@ class Campaign:
                 os.killpg(process.pid, signal.SIGKILL)  # and those that it started
             process.wait()
         seconds, line = monotonic() - began, files.last_line(self._log_of(name))
+        if name == "evaluation":  # its last line is of the snapshots
+            line = next((row for row in files.last_output(self._log_of(name)).split("\n") if "mean" in row[:4]), line)
         if process.returncode == 0 and not (name == "train" and line.startswith("stopped at step")):
             self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
         elif name == "train":

@@ -136,7 +136,7 @@ def test_the_time_is_used_and_no_call_is_too_long(processes: Processes, capsys: 
     assert all(len(processes.words[name]) == 1 for name in STAGES if name != "train")
     said = capsys.readouterr().out
     assert "end of this piece; next: train\n" in said and "the same command goes on: " in said
-    assert said.endswith((HOME / "table.md").read_text())
+    assert said.endswith((HOME / "table.md").read_text() + "all stages have ended, 0 of them badly\n")
 
 
 def test_the_run_goes_on_and_keeps_checkpoints_of_its_last_part(processes: Processes) -> None:
