@@ -186,9 +186,9 @@ class TaskSettings:
     Each task's gradient is clipped alone, to agent.max_grad_norm, and then weighed.
     """
 
-    pixel_control: float = bounded(0.1)
+    pixel_control: float = bounded(1.0)
     """Weight of pixel control's gradient; image games only."""
-    reward_prediction: float = bounded(0.1)
+    reward_prediction: float = bounded(0.01)
     """Weight of reward prediction's gradient."""
     value_replay: float = bounded(0.1)
     """Weight of value replay's gradient."""
