@@ -157,11 +157,9 @@ def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
         ({"update_target_freq": 100}, "no target network"),
         ({"save_freq": -1}, "save_freq is -1"),
         ({"num_val_episodes": 0}, "num_val_episodes is 0"),
-        (
-            {"num_minibatches": 5},
-            r"^num_minibatches is 5: it must divide the 32 steps of a rollout",
-        ),
+        ({"num_minibatches": 5}, "^num_minibatches is 5: it must divide the 32 steps of a rollout"),
         ({"gamma": 1.5}, "^gamma is 1.5"),
+        ({"nsteps": 16.0}, "^nsteps is 16.0: it must be int"),
         ({"init_obs_steps": 0}, "^init_obs_steps is 0: it must be finite and at least 1"),
     ],
 )
