@@ -227,9 +227,7 @@ def snapshot_table(result: dict[str, Any]) -> str:
     means = result["mean"]
     if not means:
         return "no snapshots: the run kept no checkpoints of its last sixth (--checkpoint-minutes, --keep-checkpoints)"
-    lines = [
-        f"after {minutes:7.1f} minutes  {mean:.1f}" for minutes, mean in zip(result["minutes"], means, strict=True)
-    ]
+    lines = [f"after {at:7.1f} minutes  {mean:.1f}" for at, mean in zip(result["minutes"], means, strict=True)]
     return "\n".join(
         [*lines, f"{len(means)} snapshots: mean {np.mean(means):.1f}, {min(means):.1f} to {max(means):.1f}"]
     )
