@@ -263,10 +263,7 @@ def campaign_command(argv: Sequence[str], prog: str = "campaign.py") -> int:
     """`campaign [PRESET] [options]`."""
     from gravitar_dqn import campaign
 
-    description = (
-        "Run the GPU tests, the benchmark, and the longest training that the time allows; then evaluate it. "
-        "The same command again goes on with the next piece."
-    )
+    description = "The GPU tests, the benchmark, the longest training that the time allows; the same command goes on."
     options = parse(campaign.CampaignConfig, argv, prog, description)
     check_bounds(options, "--")
     return campaign.run(options, lambda words: parse_train(words, prog.replace("campaign", "train"))[0].config)
