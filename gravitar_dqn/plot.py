@@ -140,8 +140,8 @@ def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
     games = read_columns(run_dir / "episodes.csv", ("global_step", "episodic_return"))
     metrics = read_columns(run_dir / "metrics.csv", ("global_step", "frames", "wall_seconds"))
     steps, scores = games["global_step"], games["episodic_return"]
-    if not len(steps) or not len(metrics["global_step"]):
-        raise UserError(f"{run_dir} has no finished games yet")
+    if len(steps) < 2 or not len(metrics["global_step"]):
+        raise UserError(f"{run_dir} has not finished two games yet")
     frames_per_step = metrics["frames"][-1] / max(metrics["global_step"][-1], 1)
 
     def over(steps: Floats) -> Floats:

@@ -163,7 +163,7 @@ def test_runs_that_cannot_be_drawn_are_left_out_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path / "runs" / "a")
-    make_run(tmp_path / "runs" / "young", games=0)
+    make_run(tmp_path / "runs" / "young", games=1)
     make_run(tmp_path / "runs" / "younger")
     (tmp_path / "runs" / "younger" / "episodes.csv").unlink()
     make_run(tmp_path / "runs" / "broken")
@@ -174,7 +174,7 @@ def test_runs_that_cannot_be_drawn_are_left_out_with_a_warning(
     warnings = said.err.splitlines()
     assert len(warnings) == 3 and warnings[0].startswith("warning: runs/broken/config.json cannot be read: ")
     assert warnings[1:] == [
-        f"warning: runs/{name} has no finished games yet: left out" for name in ("young", "younger")
+        f"warning: runs/{name} has not finished two games yet: left out" for name in ("young", "younger")
     ]
 
 
@@ -190,8 +190,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([], "no run: name the folders of one or more, plot runs/NAME"),
         (["nowhere"], "nowhere is not a run's folder, and there is none in it"),
         (["run", "empty"], "empty is not a run's folder, and there is none in it"),
-        (["young/a"], "young/a has no finished games yet"),
-        (["young"], "young/a has no finished games yet, and 1 more like it"),
+        (["young/a"], "young/a has not finished two games yet"),
+        (["young"], "young/a has not finished two games yet, and 1 more like it"),
         (["torn"], "torn/eval.json cannot be read: 'frames_trained'"),
         (["run", "--x", "hours"], "invalid choice 'hours'"),
         (["run", "--smooth", "0"], "--smooth is 0: it must be finite and between 1 and 1000000000.0"),
