@@ -10,11 +10,10 @@ import numpy as np
 import probes
 import torch
 
-from gravitar_dqn import envs as games
 from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, make_task_heads, task_weights
 from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.config import EnvSettings, PPORNDSettings, PPORunConfig, TaskSettings
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs import EnvSpec, spec_of
 from gravitar_dqn.execution import choose_device
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import ActorCritic
@@ -47,7 +46,7 @@ def build(config: PPORunConfig, probe: type) -> tuple[Any, PPOAgent]:
     """Probe environments and a new agent for them."""
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, PPOAgent(config, games.spec_of(envs), choose_device(config.device))
+    return envs, PPOAgent(config, spec_of(envs), choose_device(config.device))
 
 
 def learn(config: PPORunConfig, probe: type, steps: int) -> PPOAgent:

@@ -10,9 +10,9 @@ import probes
 import pytest
 import torch
 
-from gravitar_dqn import envs as games
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
+from gravitar_dqn.envs import spec_of
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.loop import play
@@ -42,7 +42,7 @@ def settings(**changes: Any) -> DQNRunConfig:
 def build(config: DQNRunConfig, probe: type) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, DQNAgent(config, games.spec_of(envs), CPU)
+    return envs, DQNAgent(config, spec_of(envs), CPU)
 
 
 def learn(config: DQNRunConfig, probe: type, steps: int) -> DQNAgent:
@@ -397,7 +397,7 @@ def test_probes_of_vectors_pictures_and_ram_are_solved_by_the_recipe(probe: type
     config = settings(**RECIPE, gamma=0.9, n_step=2, learning_rate=1e-3, stack_padding="repeat")
     agent = learn(config, probe, 500)
     envs = probes.vector_of(probe, 16)
-    spec = games.spec_of(envs)
+    spec = spec_of(envs)
     policy = Policy(agent.config, agent.policy, spec, 16, epsilon=0.0, seed=0)
     assert agent.policy is agent.target_network
     assert np.mean(play_games(envs, policy, 64, seed=5)) > 0.95

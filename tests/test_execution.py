@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gravitar_dqn import envs as games
 from gravitar_dqn import execution, functional
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.benchmark.peers import plain_trunk
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
 from gravitar_dqn.encoders import PixelConv2d, conv_trunk, space_to_depth
+from gravitar_dqn.envs import spec_of
 from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import DuelingConvQNetwork
@@ -127,7 +127,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
 def trained(config: DQNRunConfig, steps: int) -> DQNAgent:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probes.Remember, config.env.num_envs)
-    agent = DQNAgent(config, games.spec_of(envs), torch.device("cpu"))
+    agent = DQNAgent(config, spec_of(envs), torch.device("cpu"))
     for _ in islice(play(envs, agent, 1), steps):
         pass
     return agent

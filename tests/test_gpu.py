@@ -12,9 +12,9 @@ import pytest
 import torch
 from replay_helpers import check_valid
 
-from gravitar_dqn import envs as games
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
+from gravitar_dqn.envs import spec_of
 from gravitar_dqn.loop import play
 from gravitar_dqn.replay import ReplayBuffer
 
@@ -31,7 +31,7 @@ CONFIG = DQNRunConfig(
 def build(config: DQNRunConfig, device: str, probe: type = probes.Remember) -> tuple[Any, DQNAgent]:
     torch.manual_seed(config.seed)
     envs = probes.vector_of(probe, config.env.num_envs)
-    return envs, DQNAgent(config, games.spec_of(envs), torch.device(device))
+    return envs, DQNAgent(config, spec_of(envs), torch.device(device))
 
 
 @pytest.mark.parametrize("variant", ["rnd", "notebook"])

@@ -26,9 +26,9 @@ from gravitar_dqn import (
     training,
 )
 from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
-from gravitar_dqn import envs as games
 from gravitar_dqn.agents.randal_trainer import Every
 from gravitar_dqn.config import EnvSettings
+from gravitar_dqn.envs import config_of, make_envs
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import play_games
 from gravitar_dqn.networks import ActorCritic
@@ -135,7 +135,7 @@ def test_it_trains_validates_and_saves(tmp_path: Path, capsys: pytest.CaptureFix
 def test_pictures_and_the_lambda_return(tmp_path: Path) -> None:
     torch.manual_seed(0)
     agent = RANDAL(NatureCNN, PredictorCNN, (4, 84, 84), 18, PPOConfig(device="cpu"), intr_coeff=1.0, extr_coeff=2.0)
-    envs = games.make_envs(EnvSettings(num_envs=2))
+    envs = make_envs(EnvSettings(num_envs=2))
     settings = config(tmp_path, total_steps=90, nsteps=8, returns=GAE, num_epochs=1, init_obs_steps=3)
     trainer = RANDALTrainer(envs, agent, None, settings)
     trainer.train()
@@ -216,7 +216,7 @@ def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     same_step = SyncVectorEnv([probes.Both] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(UserError, match=r"it must be AutoresetMode\.NEXT_STEP"):
         RANDALTrainer(same_step, vector_agent(), None, config(tmp_path))
-    cartpole = games.make_envs(EnvSettings(id="CartPole-v1", num_envs=2))
+    cartpole = make_envs(EnvSettings(id="CartPole-v1", num_envs=2))
     with pytest.raises(UserError, match=r"observations \(4,\), but the agent's input_size is \(1,\)"):
         RANDALTrainer(cartpole, vector_agent(), None, config(tmp_path))
     three = RANDAL(MLP, PredictorMLP, (4,), 3, PPOConfig(device="cpu"), PC=0)
@@ -227,10 +227,10 @@ def test_environments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_the_runs_settings_say_what_was_played(tmp_path: Path) -> None:
     made = EnvSettings(id="CartPole-v1", num_envs=4, num_threads=3)
     agent = RANDAL(MLP, PredictorMLP, (4,), 2, PPOConfig(device="cpu"), PC=0, optim=torch.optim.RMSprop)
-    run = RANDALTrainer(games.make_envs(made), agent, None, config(tmp_path, seed=5)).run_config
+    run = RANDALTrainer(make_envs(made), agent, None, config(tmp_path, seed=5)).run_config
     assert run.env == made and run.agent.optimizer == "rmsprop" and run.seed == 5
-    assert games.config_of(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")).id == "CartPole-v1"
-    assert games.config_of(probes.vector_of(probes.Both, 3)) == EnvSettings(id="SyncVectorEnv", num_envs=3)
+    assert config_of(gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")).id == "CartPole-v1"
+    assert config_of(probes.vector_of(probes.Both, 3)) == EnvSettings(id="SyncVectorEnv", num_envs=3)
 
 
 class Endless(probes.Probe):
