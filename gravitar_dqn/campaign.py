@@ -140,7 +140,7 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
         return int(bool(bad))
     print(f"{'stopped' if stop.requested else 'end of this piece'}; next: {name}")
     print(f"the same command goes on: {processes.command_line(sys.argv[1:])}")
-    return 0
+    return stop.exit_code
 
 
 class Campaign:
@@ -298,7 +298,7 @@ class Campaign:
         seconds, line = monotonic() - began, files.last_line(self._log_of(name))
         if name == "evaluation":  # its last line is of the snapshots
             line = next((row for row in files.last_output(self._log_of(name)).split("\n") if "mean" in row[:4]), line)
-        if process.returncode == 0 and not (name == "train" and line.startswith("stopped at step")):
+        if process.returncode == 0:
             self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
         elif name == "train":
             ended = "" if interrupted else DONE if " is complete (" in line else FAILED

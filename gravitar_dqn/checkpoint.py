@@ -1,12 +1,16 @@
 """Checkpoints: atomic, complete, and read without trusting them.
 
 A file appears whole or not at all; `latest` is a link that is replaced in one step. So a kill at any moment leaves
-the previous checkpoint whole.
+the previous checkpoint whole. A file whose checksums do not fit its contents, as a failing disk leaves it, is not used.
 """
 
 from __future__ import annotations
 
+import logging
+import pickle
 import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,12 @@ from gravitar_dqn.files import written_whole
 
 FORMAT = 3  # 2 had other names in the replay buffer; 1 the features of convolutions in another order
 READABLE = (2, FORMAT)  # without a replay buffer, and but for DQN's curiosity, 2 holds the same
+
+log = logging.getLogger(__name__)
+
+
+class NotWhole(UserError):
+    """A checkpoint that is damaged, or holds what no checkpoint of ours would."""
 
 
 def folder(run_dir: Path) -> Path:
@@ -63,26 +73,56 @@ def mend(run_dir: Path) -> None:
 
 
 def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The newest checkpoint's state; UserError when there is none, or when it is cut short or not ours."""
-    path = folder(run_dir) / "latest"
-    if not path.exists():
-        raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
-    return read(path.resolve(), device)
+    """The state in the newest checkpoint that is whole, with a warning where a newer one is not.
+
+    UserError when there is none, or when it is another program's.
+    """
+    newest = (folder(run_dir) / "latest").resolve()
+    paths = sorted(folder(run_dir).glob("step_*.pt"), reverse=True)
+    damaged: list[NotWhole] = []
+    for path in sorted(paths, key=lambda path: path.name != newest.name):  # then from new to old
+        try:
+            state = read(path, device)
+        except NotWhole as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            log.warning("%s; %s is used instead", damaged[0], path.name)
+        return state
+    if damaged:
+        raise damaged[0]
+    raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in a checkpoint file; UserError when it is cut short or not ours."""
+    """The state in a checkpoint file. NotWhole when it is damaged, UserError when it is another program's."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {part} does not fit")
         with warnings.catch_warnings(action="ignore"):  # torch's word on files that are not its own
             state = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # its reader fails in many ways, IndexError and struct.error among them
-        others = [str(p) for p in sorted(path.parent.glob("step_*.pt")) if p != path]
-        hint = f"; {others[-1]} is the one before it" if others else ""
+    except pickle.UnpicklingError:  # torch's message says how to load it all the same
+        raise NotWhole(f"{path} holds more than tensors and plain values, which might run code: not read") from None
+    except Exception as error:  # the readers fail in many ways, IndexError and struct.error among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason}){hint}") from None
+        raise NotWhole(f"{path} is not a whole checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") not in READABLE:
         raise UserError(f"{path} is not a checkpoint of this program (formats {READABLE[0]} and {FORMAT})")
+    if name := not_finite(state):
+        raise NotWhole(f"{path} holds NaN or infinity in {name}")
     agent = state.get("agent")
     if isinstance(agent, dict) and "curiosity" in agent:  # its name in format 2
         agent["rnd"] = agent.pop("curiosity")
     return state
+
+
+def not_finite(state: Any, name: str = "") -> str:
+    """Where in a nested state ("agent.policy.trunk.0.weight") the first tensor with NaN or infinity is; else ""."""
+    if isinstance(state, torch.Tensor):
+        return name if state.is_floating_point() and not bool(torch.isfinite(state).all()) else ""
+    if not isinstance(state, (Mapping, list, tuple)):
+        return ""
+    inner = state.items() if isinstance(state, Mapping) else enumerate(state)
+    found = (not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in inner)
+    return next(filter(None, found), "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig, bounded
 from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
-from gravitar_dqn.logs import show_log
+from gravitar_dqn.logs import show_log, silence_stdout
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.run_dir import holds_other, load_run
 from gravitar_dqn.serialization import check_bounds, differences, flatten, to_dict, validate
@@ -59,6 +60,8 @@ class PlayArguments:
     """Probability of a random action."""
     seed: int = bounded(742, high=2**30)
     """Seeds the games and the random actions."""
+    threads: int = bounded(0)
+    """Processor threads of the network's arithmetic; 0: as many as torch takes."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConf
     return replace(arguments, config=config, resume=saved_in), saved
 
 
-def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
+def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
     """`train [PRESET] [options]`."""
     arguments, saved = parse_train(argv, prog)
     config = arguments.config
@@ -188,7 +191,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> None:
             raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
     from gravitar_dqn.training import train
 
-    train(config, run_dir, resume=saved is not None, show_times=arguments.profile)
+    return train(config, run_dir, resume=saved is not None, show_times=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
@@ -200,10 +203,11 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
-    from gravitar_dqn.execution import choose_device
+    from gravitar_dqn.execution import choose_device, use_threads
 
     how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed")}
     how["device"] = choose_device(arguments.device)
+    use_threads(arguments.threads)
     result = evaluate(trained, **how)
     if arguments.run_dir:
         write_json(run_dir / "eval.json", result)
@@ -232,9 +236,11 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     check_bounds(arguments, "--")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import load_policy
+    from gravitar_dqn.execution import use_threads
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import record_game
 
+    use_threads(arguments.threads)
     config, network = trained.config, load_policy(trained.config, trained.weights)
     look = make_look(trained, network) if arguments.overlay else None
     home = arguments.video_dir / trained.name
@@ -323,13 +329,23 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
-    """Run a command; a UserError, or a file that cannot be made, becomes one line on standard error and exit code 2."""
+    """Run a command and return its exit code.
+
+    A UserError is one line on standard error and has a code of its own; a file that cannot be made is 2. Where nobody
+    reads what is printed, as below `| head`, the command ends as others do then.
+    """
     show_log()
     try:
-        return command(argv, prog) or 0
+        try:
+            return command(argv, prog) or 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, UserError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -224,6 +224,8 @@ class RunConfig:
     """The run ends after this many minutes of training, those before a resume included; 0: no such limit. (free)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. (free)"""
+    threads: int = bounded(0)
+    """Processor threads of the networks' arithmetic; 0: as many as torch takes, one for each core. (free)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto takes bf16 where the device computes it natively. (free)"""
     execution: Literal["auto", "eager", "graphs"] = "auto"
@@ -293,6 +295,6 @@ class PPORunConfig(RunConfig):
 
 
 FREE_FIELDS = frozenset(
-    "total_steps total_episodes total_minutes device precision execution log_seconds dashboard video_every video_dir "
-    "checkpoint_minutes checkpoint_replay keep_checkpoints".split()
+    "total_steps total_episodes total_minutes device threads precision execution log_seconds dashboard video_every "
+    "video_dir checkpoint_minutes checkpoint_replay keep_checkpoints".split()
 )

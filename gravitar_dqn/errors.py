@@ -9,6 +9,20 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is one line that says what would do."""
 
+    exit_code = 2
+
+
+class NotFinite(UserError):
+    """Training has met NaN or infinity, and stops."""
+
+    exit_code = 3
+
+
+class NotSaved(UserError):
+    """Training ended, but what it ended with could not be written."""
+
+    exit_code = 4
+
 
 class SettingError(UserError):
     """A setting that cannot work: its name, and what is wrong with it."""

@@ -88,20 +88,29 @@ def load_policy(config: RunConfig, weights: dict[str, Any], device: torch.device
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the weights do not fit {config.env.id}: {str(error).splitlines()[-1].strip()}") from None
+    if name := checkpoint.not_finite(weights):
+        raise UserError(f"the weights cannot play: {name} holds NaN or infinity")
     return network.eval()
 
 
-def play_games(envs: Any, policy: Policy, episodes: int, seed: int, max_steps: float = math.inf) -> list[float]:
+def play_games(
+    envs: Any,
+    policy: Policy,
+    episodes: int,
+    seed: int,
+    max_steps: float = math.inf,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[float]:
     """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often.
 
-    A game is cut off after `max_steps` agent steps.
+    A game is cut off after `max_steps` agent steps. What ended before `interrupted` is returned then.
     """
     num_envs = envs.num_envs
     quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
     scores: list[list[float]] = [[] for _ in range(num_envs)]
     policy.begin(envs.reset(seed=seed)[0])
     played, score, length = np.ones(num_envs, dtype=np.bool_), np.zeros(num_envs), np.zeros(num_envs)
-    while any(len(done) < share for done, share in zip(scores, quota, strict=True)):
+    while any(len(done) < share for done, share in zip(scores, quota, strict=True)) and not interrupted():
         actions = policy.act()
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         score += rewards * played

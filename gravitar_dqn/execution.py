@@ -35,6 +35,12 @@ def describe_device(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def use_threads(count: int) -> None:
+    """Let torch compute with this many processor threads; 0 leaves it as it is."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `name` (auto, cpu, cuda, cuda:N); UserError when it is not here."""
     if name == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 
 from tqdm import tqdm
@@ -17,6 +18,14 @@ class TerminalHandler(logging.Handler):
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         with contextlib.suppress(OSError):
             tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
+
+
+def silence_stdout() -> None:
+    """Lose what is printed from now on, and what waits: nobody reads it, and Python would complain when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # a standard output that is no file, or closed
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def show_log() -> None:

@@ -80,7 +80,7 @@ class Agent(Protocol):
         """The names in `metrics`."""
 
     def metrics(self) -> Mapping[str, float]:
-        """Means since the last call, NaN where nothing happened."""
+        """Means since the last call; those without a value are left out. NaN or infinity ends the run."""
 
     def policy_state(self) -> dict[str, Any]:
         """Weights of the network that acts, for recordings."""

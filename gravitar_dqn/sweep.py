@@ -68,9 +68,10 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
         again = command_line(sys.argv[1:])
         if sweep.stopped:
             log.info(f"stopped; the same command goes on: {again}")
-        elif sweep.left:
+            return stop.exit_code
+        if sweep.left:
             log.info(f"{sweep.left} runs were not started, they would not end in time; again: {again}")
-        return 0 if sweep.stopped else int(sweep.failures > 0)
+        return int(sweep.failures > 0)
 
 
 class Sweep:
@@ -156,11 +157,9 @@ class Sweep:
             words = how_to_train(job.run_dir, job.arguments)
         except UserError as error:
             return self._failed(job, log, str(error))
-        if not self._process(["train", *words], log, threads):
-            # A sweep that was killed may have left a complete run without its row.
-            if self.stopped or " is complete (" not in last_line(log):
-                return self._failed(job, log)
-        elif last_line(log).startswith("stopped at step"):  # by somebody else's signal
+        ended = self._process(["train", *words], log, threads)  # False too when somebody else's signal stopped it
+        # A sweep that was killed may have left a complete run without its row.
+        if not ended and (self.stopped or " is complete (" not in last_line(log)):
             return self._failed(job, log)
         games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
         games += [f"--snapshots={self._options.snapshots}"] * bool(self._options.snapshots)

@@ -5,6 +5,7 @@ Standard output carries only the console lines, whose forms other programs parse
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -21,7 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import NotFinite, NotSaved
 from gravitar_dqn.files import written_whole
+from gravitar_dqn.logs import silence_stdout
 from gravitar_dqn.loop import Agent, Episode
 
 METRICS = (
@@ -92,6 +95,12 @@ class CsvLog:
         self._pending.clear()
         self._warned = False
 
+    def close(self) -> None:
+        """Write what waits; NotSaved when that cannot be done."""
+        self.flush()
+        if self._pending:
+            raise NotSaved(f"{self.path} could not be written: its last {len(self._pending)} rows are lost")
+
 
 class Tracker:
     """Writes a row of `metrics.csv` every `log_seconds` and a row of `episodes.csv` for every game."""
@@ -134,17 +143,14 @@ class Tracker:
         now, agent = time.monotonic(), self._agent
         seconds = max(now - self._last, 1e-9)
         steps, updates = agent.global_step - self._last_step, agent.num_updates - self._last_updates
-        scores = np.array(self._returns) if self._returns else np.array([math.nan])
-        row = {
+        row: dict[str, float | None] = {
             "wall_seconds": round(self.wall_seconds, 3),
             "global_step": agent.global_step,
             "frames": agent.global_step * self._frames_per_step,
             "num_updates": agent.num_updates,
             "episodes": agent.episodes,
             "sps": round(steps / seconds, 1),
-            "return_mean": scores.mean(),
-            "return_min": scores.min(),
-            "return_max": scores.max(),
+            **self._scores(),
             "samples_per_second": round(updates * agent.batch_size / seconds, 1),
             **agent.metrics(),
         }
@@ -156,8 +162,17 @@ class Tracker:
             self._bar.total = min(self._config.total_steps, max(int(expected), agent.global_step))
         self._bar.update(steps)
         if self._returns:
-            self._bar.set_postfix_str(f"games {agent.episodes}, mean score {scores.mean():.0f}", refresh=False)
+            self._bar.set_postfix_str(f"games {agent.episodes}, mean score {row['return_mean']:.0f}", refresh=False)
         self._last, self._last_step, self._last_updates = now, agent.global_step, agent.num_updates
+        for name, value in row.items():
+            if value is not None and not math.isfinite(value):
+                raise NotFinite(f"{name} is {value}")
+
+    def _scores(self) -> dict[str, float]:
+        """Of the last 100 games; nothing before the first has ended."""
+        scores = np.array(self._returns)
+        names = ("mean", "min", "max") if len(scores) else ()
+        return {f"return_{name}": float(getattr(scores, name)()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint. What was reported so far is written out first, so that the files and it agree."""
@@ -166,11 +181,13 @@ class Tracker:
         return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
 
     def close(self) -> None:
-        """Write the last row."""
-        if self._agent.global_step > self._last_step:
-            self._tick()
-        self._episodes.flush()
-        self._bar.close()
+        """Write the last row; NotSaved when rows are left that cannot be written."""
+        with contextlib.ExitStack() as closing:
+            closing.callback(self._bar.close)
+            closing.callback(self._episodes.close)
+            closing.callback(self._metrics.close)
+            if self._agent.global_step > self._last_step:
+                self._tick()
 
 
 def _cell(value: float | None) -> str:
@@ -222,6 +239,7 @@ class Console:
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._silent = True
+            silence_stdout()
             log.warning(
                 "standard output cannot be written (%s): no more console lines, training goes on", error.strerror
             )

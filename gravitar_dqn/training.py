@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from gravitar_dqn.config import RunConfig
 from gravitar_dqn.dashboard.thread import Dashboard, check_address
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
 from gravitar_dqn.envs import EnvSpec, find_game, make_envs, spec_of
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import NotFinite, NotSaved, UserError
 from gravitar_dqn.execution import (
     check_execution,
     choose_device,
@@ -27,6 +28,7 @@ from gravitar_dqn.execution import (
     choose_precision,
     describe_device,
     keep_freed_memory,
+    use_threads,
 )
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
@@ -49,7 +51,17 @@ class Stop:
     """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._number = 0  # of the signal
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        return self._number > 0
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that a signal ended returns to the shell; 0 without one."""
+        return 128 + self._number if self._number else 0
 
     def __enter__(self) -> Stop:
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -59,7 +71,7 @@ class Stop:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exception: object) -> None:
@@ -68,34 +80,46 @@ class Stop:
 
 
 class Checkpointer:
-    """Saves the run every `checkpoint_minutes`. A full disk costs a warning, not the run."""
+    """Saves the run every `checkpoint_minutes`, but never NaN. A full disk costs a warning, not the run."""
 
     def __init__(self, run_dir: Path, config: RunConfig, agent: Agent, tracker: Tracker, console: Console) -> None:
         self._run_dir, self._config = run_dir, config
         self._agent, self._tracker, self._console = agent, tracker, console
         self._due = time.monotonic() + 60 * config.checkpoint_minutes
+        self.saved_step = agent.global_step  # of the newest checkpoint
 
     def step(self, episodes: list[Episode]) -> None:
         """Save when it is time."""
         if time.monotonic() >= self._due:
-            self.save()
+            try:
+                self.save()
+            except OSError as error:
+                log.warning("%s; the one of step %d stays", error, self.saved_step)
 
-    def save(self) -> bool:
-        """Write a checkpoint now; False, and a warning, when it could not be written."""
+    def save(self) -> None:
+        """Write a checkpoint now.
+
+        OSError when it cannot be written; NotFinite when what it would hold has NaN or infinity.
+        """
+        self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
         state = {
             "config": to_dict(self._config),
             "agent": self._agent.state_dict(replay=self._config.checkpoint_replay),
             "tracker": self._tracker.state_dict(),
             "console": self._console.state_dict(),
         }
+        if name := checkpoint.not_finite(state):
+            raise NotFinite(f"{name} holds NaN or infinity")
+        checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
+        self.saved_step = self._agent.global_step
+
+    def save_last(self) -> None:
+        """`save`, or NotSaved."""
         try:
-            checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
+            self.save()
         except OSError as error:
-            log.warning("%s; the one before it stays", error)
-            return False
-        finally:
-            self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
-        return True
+            stays = f"{self._run_dir} stays as of step {self.saved_step}"
+            raise NotSaved(f"step {self._agent.global_step} could not be saved, {stays}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -141,6 +165,7 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     """The environments and a new agent for them, seeded. Logs what takes time, and the replay buffer's size."""
     device = check_machine(config)
     keep_freed_memory()
+    use_threads(config.threads)
     torch.manual_seed(config.seed)
     log.info("starting %d games of %s", config.env.num_envs, config.env.id)  # many take some seconds
     envs = make_envs(config.env)
@@ -150,10 +175,11 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     return envs, entry_of(config).make(config, spec, device)
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> None:
+def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> int:
     """Train until `total_steps`, `total_episodes`, `total_minutes` or Ctrl-C, and save.
 
-    `resume` goes on from the newest checkpoint. `show_times` prints at the end where the time went.
+    `resume` goes on from the newest checkpoint. `show_times` prints at the end where the time went. Returns the
+    process's exit code: 0 at the end, 128 and its number after a signal.
     """
     show_log()
     if config.dashboard not in ("auto", "off"):
@@ -167,7 +193,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                 "a higher --total-steps, --total-episodes or --total-minutes goes on"
             )
-    run(config, run_dir, envs, agent, state, show_times=show_times)
+    return run(config, run_dir, envs, agent, state, show_times=show_times)
 
 
 def run(
@@ -180,7 +206,8 @@ def run(
     show_times: bool = False,
     further: Sequence[Observer] = (),
     how_to_resume: str = "",
-) -> None:
+    stop: Stop | None = None,
+) -> int:
     """Train an agent in environments, as `train` says, and close them.
 
     Args:
@@ -192,36 +219,53 @@ def run(
         show_times: print at the end where the time went.
         further: observers beside the usual ones.
         how_to_resume: what goes on with the run; by default the command that started it, with --resume.
+        stop: what signals set, for observers that take long.
+
+    Raises:
+        UserError: the run could not begin; a new run's folder is removed again.
+        NotFinite: NaN or infinity was met; the last checkpoint stays.
+        NotSaved: the run ended, but could not be saved; the last checkpoint stays.
     """
     farewell: list[str] = []
-    with lock(run_dir), Stop() as stop, contextlib.ExitStack() as closing:
+    with lock(run_dir), stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
+        nothing_begun = closing.enter_context(contextlib.ExitStack())
+        if not state:
+            nothing_begun.callback(shutil.rmtree, run_dir, ignore_errors=True)
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         tracker, checkpointer, observers = closing.enter_context(following)
         if not state:
-            checkpointer.save()  # from now on a kill leaves something whole to resume from
+            try:
+                checkpointer.save()  # from now on a kill leaves something whole to resume from
+            except OSError as error:
+                raise cannot_be_written(run_dir, error) from None
+        nothing_begun.pop_all()
         timer = Timer(torch.cuda.synchronize if show_times and agent.device.type == "cuda" else None)
         first_step = agent.global_step
         overlap = can_overlap(envs, agent)
-        for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, timer=timer):
-            for observer in observers:
-                observer.step(episodes)
-            if stop.requested or finished(config, agent, tracker.wall_seconds):
-                break
-        if stop.requested:
-            log.info("stopping: the run is being saved")
-        if not checkpointer.save():
-            raise UserError(
-                f"step {agent.global_step} could not be saved: {run_dir} goes on from the checkpoint before it"
-            )
+        try:
+            for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, timer=timer):
+                for observer in observers:
+                    observer.step(episodes)
+                if stop.requested or finished(config, agent, tracker.wall_seconds):
+                    break
+            if stop.requested:
+                log.info("stopping: the run is being saved")
+            checkpointer.save_last()
+        except NotFinite as error:
+            raise NotFinite(
+                f"{error} at step {agent.global_step}: stopped; {run_dir} stays as of step {checkpointer.saved_step}; "
+                "a new run with a lower --agent.learning-rate may do better"
+            ) from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if finished(config, agent, tracker.wall_seconds):
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
-        else:
-            how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
-            farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
+            return 0
+        how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
+        farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
+        return stop.exit_code
 
 
 def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:

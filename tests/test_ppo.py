@@ -366,7 +366,7 @@ def test_metrics_are_means_and_start_anew() -> None:
         "value_replay_loss",
     }, "pixel control has no weight"
     assert 0 < told["entropy"] <= np.log(2) + 1e-6 and told["approx_kl"] >= 0
-    assert np.isnan(agent.metrics()["entropy"]) and np.isnan(agent.metrics()["int_reward_max"])
+    assert set(agent.metrics()) == {"buffer_fill", "learning_rate"}, "nothing was learned since"
 
 
 def test_a_resumed_agent_fills_its_replay_before_it_learns() -> None:

@@ -399,7 +399,7 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> N
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "stopping: the runs save what they have" in err
     assert "stopped; the same command goes on: " in err.splitlines()[-1] and "sweep.py cartpole" in err
     step = checkpoint.load(run_dir)["agent"]["clocks"]["global_step"]

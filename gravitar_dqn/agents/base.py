@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,12 +86,14 @@ class Means:
             self._max.copy_(torch.maximum(self._max, values[self._largest].float()))
 
     def take(self) -> dict[str, float]:
-        """The means since the last call, NaN where nothing was added."""
+        """The means since the last call; nothing where nothing was added."""
         *sums, count, largest = torch.cat([self._sums, self._max[None]]).tolist()  # this is a CPU-GPU sync point
         self._sums.zero_()
         self._max.fill_(-torch.inf)
-        means = {name: total / count if count else math.nan for name, total in zip(self._averaged, sums, strict=True)}
-        return means | ({self._largest: largest if math.isfinite(largest) else math.nan} if self._largest else {})
+        if not count:
+            return {}
+        means = {name: total / count for name, total in zip(self._averaged, sums, strict=True)}
+        return means | ({self._largest: largest} if self._largest else {})
 
 
 class BaseAgent:
@@ -191,7 +192,7 @@ class BaseAgent:
         return {"buffer_fill": self.replay.fill, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call, NaN where nothing happened, and values of now."""
+        """Means since the last call, those without a value left out, and values of now."""
         means = {name: value for group in self._means for name, value in group.take().items()}
         return means | self._present_metrics()
 

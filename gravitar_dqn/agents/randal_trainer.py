@@ -28,6 +28,7 @@ from gravitar_dqn.presets import PUBLISHED_PPO
 from gravitar_dqn.run_dir import load_run
 from gravitar_dqn.serialization import build, check_bounds, differences, nest, validate
 from gravitar_dqn.telemetry import CsvLog
+from gravitar_dqn.training import Stop
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,16 @@ class Every:
 class Validator:
     """Plays whole games with the present policy and notes their scores in validation.csv. Training waits for it."""
 
-    def __init__(self, config: RANDALTrainerConfig, run: PPORunConfig, agent: PPOAgent, envs: Any, path: Path) -> None:
-        self._config, self._run, self._agent, self._envs = config, run, agent, envs
+    def __init__(
+        self,
+        config: RANDALTrainerConfig,
+        run: PPORunConfig,
+        agent: PPOAgent,
+        envs: Any,
+        path: Path,
+        stop: training.Stop,
+    ) -> None:
+        self._config, self._run, self._agent, self._envs, self._stop = config, run, agent, envs, stop
         self._every = Every(config.validate_freq, agent.global_step)
         self._log = CsvLog(path, ["global_step", "mean", "std", "min", "max"], agent.global_step or None)
 
@@ -111,18 +120,20 @@ class Validator:
         if self._every.due(self._agent.global_step):
             self.validate()
 
-    def validate(self) -> float:
-        """The mean score of `num_val_episodes` games."""
+    def validate(self) -> None:
+        """Play `num_val_episodes` games; a signal breaks that off, and nothing is noted."""
         agent, config = self._agent, self._config
         spec = spec_of(self._envs)
         seed = self._run.seed + agent.global_step
         policy = Policy(self._run, agent.policy, spec, self._envs.num_envs, epsilon=0.0, seed=seed)
-        scores = np.array(play_games(self._envs, policy, config.num_val_episodes, seed, config.max_val_steps))
+        games = config.num_val_episodes, seed, config.max_val_steps
+        scores = np.array(play_games(self._envs, policy, *games, interrupted=lambda: self._stop.requested))
+        if self._stop.requested:
+            return
         text = [f"{value:g}" for value in (scores.mean(), scores.std(), scores.min(), scores.max())]
         self._log.add([agent.global_step, *text])
         self._log.flush()
         log.info("validation at step %d: mean score %s of %d games", agent.global_step, text[0], len(scores))
-        return float(scores.mean())
 
 
 class Saver:
@@ -192,6 +203,7 @@ class RANDALTrainer:
         if state:
             training.restore(agent, state.pop("agent"), self.run_dir)
         further: list[Observer] = []
+        stop = Stop()
         if config.save_freq:
             further.append(Saver(config.save_freq, agent, Path(config.model_dir) / self.run_dir.name))
         with contextlib.ExitStack() as closing:
@@ -199,9 +211,9 @@ class RANDALTrainer:
                 closing.callback(self.val_envs.close)
                 if config.validate_freq:
                     self.run_dir.mkdir(parents=True, exist_ok=True)
-                    further.append(Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv"))
+                    further.append(Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv", stop))
             how = f"RANDALTrainer(...).train(resume={str(self.run_dir)!r})"
-            training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how)
+            training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how, stop=stop)
 
 
 def check(config: RANDALTrainerConfig) -> None:

@@ -1,0 +1,307 @@
+"""Faults that long unattended runs meet, injected: nothing whole is lost, and no run looks well that is not.
+
+`pytest -m faults` runs them all, with those of other files; what is marked slow too is left out of the usual tests.
+"""
+
+import contextlib
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faults import injected
+from run_helpers import CARTPOLE, RANDAL_CARTPOLE, ROOT, check_episodes, refusal, rows, script, train
+from test_resume import FOR_EVER, saved_step, wait_until
+
+from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn.agents.base import BaseAgent
+
+pytestmark = pytest.mark.faults
+
+OFTEN = ["--checkpoint-minutes", 0.0005, "--log-seconds", 0.02]
+EVERY_STEP = ["--log-seconds", 0]
+
+
+def evaluate(run_dir: Path) -> int:
+    """`evaluate.py` for two games, in this process."""
+    words = [str(run_dir), "--episodes", "2", "--device", "cpu"]
+    return cli.run(cli.evaluate_command, words, "evaluate.py")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on standard error."""
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- NaN and infinity
+
+
+@pytest.mark.parametrize("preset", [CARTPOLE, RANDAL_CARTPOLE], ids=["dqn", "randal"])
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
+    preset: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    injected("learning rate 1e30")
+    run_dir = tmp_path / "run"
+    assert train(*preset, *EVERY_STEP, "--agent.learning-rate", 1e30, "--run-dir", run_dir) == 3
+    told = re.fullmatch(
+        r"error: (\w+) is (nan|-?inf) at step \d+: stopped; .*/run stays as of step 0; .*--agent.learning-rate may do "
+        "better",
+        last_line(capsys),
+    )
+    assert told
+    assert not np.isfinite(rows(run_dir / "metrics.csv")[-1][told[1]])
+    assert saved_step(run_dir) == 0
+    assert evaluate(run_dir) == 0
+
+
+def test_a_run_that_is_healthy_has_no_nan_in_its_metrics(tmp_path: Path) -> None:
+    assert train(*CARTPOLE, *EVERY_STEP, "--total-steps", 100, "--run-dir", tmp_path / "run") == 0
+    cells = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "nan" not in cells and "inf," not in cells and ",," in cells, "what has no value yet is an empty cell"
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_a_broken_game_sends_stops_the_run(
+    what: str, bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected(f"{bad} as {what}")
+    observe = BaseAgent.observe
+
+    def broken(
+        self: Any, actions: Any, rewards: Any, terminations: Any, truncations: Any, obs: Any, played: Any
+    ) -> None:
+        if self.global_step == 70:
+            rewards, obs = (rewards * bad, obs) if what == "reward" else (rewards, obs * np.float32(bad))
+        observe(self, actions, rewards, terminations, truncations, obs, played)
+
+    monkeypatch.setattr(BaseAgent, "observe", broken)
+    assert train(*CARTPOLE, *EVERY_STEP, "--total-steps", 1000, "--run-dir", tmp_path / "run") == 3
+    assert re.search(r"(td_loss|q_mean) is (nan|inf) at step", last_line(capsys))
+    assert saved_step(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("part", ["q_network", "target_network", "optimizer"])
+def test_nan_in_anything_that_is_saved_is_not_saved(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no metric shows it: it is met by the last step, after the last row."""
+    injected(f"NaN in {part}")
+    step = training.Checkpointer.step
+
+    def poison(self: Any, episodes: Any) -> None:
+        step(self, episodes)
+        if self._agent.global_step == 100:
+            held = getattr(self._agent, part)
+            tensors = held.parameters() if part != "optimizer" else [row["exp_avg"] for row in held.state.values()]
+            with torch.no_grad():
+                next(iter(tensors)).view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(training.Checkpointer, "step", poison)
+    words = [*CARTPOLE, "--log-seconds", 100, "--total-steps", 100, "--run-dir", tmp_path / "run"]
+    assert train(*words) == 3
+    assert f"error: agent.{part}." in (line := last_line(capsys)) and "holds NaN or infinity at step 100" in line
+    assert saved_step(tmp_path / "run") == 0
+
+
+def test_weights_with_nan_of_an_older_version_do_not_play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    injected("NaN in a checkpoint")
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", run_dir) == 0
+    for path in checkpoint.folder(run_dir).glob("step_*.pt"):
+        state = torch.load(path, weights_only=True)
+        next(iter(state["agent"]["policy"].values())).view(-1)[0] = torch.nan
+        torch.save(state, path)
+    capsys.readouterr()
+    for command, words in ((cli.evaluate_command, ["--device", "cpu"]), (cli.watch_command, ["--overlay"])):
+        assert "holds NaN or infinity in agent." in refusal(capsys, cli.run(command, [str(run_dir), *words], "x.py"))
+    assert "holds NaN or infinity in agent." in refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
+
+
+# ---------------------------------------------------------------- disks that are full
+
+
+def limited(size: int) -> Callable[[], None]:
+    """For a process that is started: no file of its may grow beyond `size` bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def start_training(*words: object, file_size: int = -1) -> subprocess.Popen[str]:
+    """train.py as a process whose files may not grow beyond `file_size` bytes, as on a full disk."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=limited(file_size) if file_size >= 0 else None,
+    )
+
+
+@pytest.mark.parametrize(
+    "size", [0, 100, 3_000, 20_000], ids=["config", "config later", "checkpoint", "checkpoint later"]
+)
+def test_a_run_that_cannot_save_at_its_start_stops_and_leaves_the_name_free(size: int, tmp_path: Path) -> None:
+    injected("disk full at the start")
+    run_dir = tmp_path / "run"
+    process = start_training(*CARTPOLE, *FOR_EVER, "--run-dir", run_dir, file_size=size)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.splitlines()[-1].startswith(f"error: the run's folder {run_dir} cannot be written: ")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_told_at_every_try_and_at_the_end(tmp_path: Path) -> None:
+    injected("disk full later")
+    run_dir = tmp_path / "run"
+    process = start_training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)
+    wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
+    for _ in range(5):
+        assert process.stderr is not None
+        wait_until(lambda: "checkpoint not written" in process.stderr.readline(), process)  # type: ignore[union-attr]
+    before = saved_step(run_dir)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert re.search(rf"error: step \d+ could not be saved, .*/run stays as of step {before}: ", err)
+    assert saved_step(run_dir) == before
+
+    assert train("--resume", run_dir, "--total-steps", before + 100) == 0
+    check_episodes(run_dir, [0, before])
+
+
+def test_a_disk_that_has_room_again_ends_well(tmp_path: Path) -> None:
+    injected("disk full for a while")
+    run_dir = tmp_path / "run"
+    process = start_training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)
+    wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
+    assert process.stderr is not None
+    wait_until(lambda: "checkpoint not written" in process.stderr.readline(), process)  # type: ignore[union-attr]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    games = check_episodes(run_dir, [0])
+    assert len(games) == checkpoint.load(run_dir)["agent"]["clocks"]["episodes"], "rows that waited are written"
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Cut a file somewhere, or change up to 4 000 of its bytes."""
+    data = bytearray(path.read_bytes())
+    if rng.random() < 0.3:
+        del data[rng.randrange(len(data)) :]
+    else:
+        start = rng.randrange(len(data))
+        data[start : start + 4_000] = rng.randbytes(len(data[start : start + 4_000]))
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A run of 60 steps with two checkpoints."""
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", tmp_path / "run") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "watch"])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
+    command: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = checkpoint.folder(run_dir) / "step_000000000060.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    injected("checkpoint cut short")
+    if command == "train":
+        assert train("--resume", run_dir, "--total-steps", 90) == 0
+        assert saved_step(run_dir) == 90
+        check_episodes(run_dir, [0])  # from step 0, and rows of the lost steps went
+    elif command == "evaluate":
+        assert evaluate(run_dir) == 0
+    else:
+        words = [str(run_dir), "--video-dir", str(run_dir.parent)]
+        assert cli.run(cli.watch_command, words, "watch.py") == 0
+        assert list(run_dir.glob("step_0_seed_*.mp4")), "of the older one"
+    err = capsys.readouterr().err
+    assert f"warning: {newest} is not a whole checkpoint (" in err
+    assert "; step_000000000000.pt is used instead" in err
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_damage_anywhere_is_seen_or_harmless(seed: int, run_dir_once: Path, tmp_path: Path) -> None:
+    """`read` gives back what was saved, or refuses."""
+    rng = random.Random(seed)
+    path = tmp_path / "step_000000000060.pt"
+    whole = checkpoint.folder(run_dir_once) / path.name
+    path.write_bytes(whole.read_bytes())
+    damage(path, rng)
+    injected("checkpoint damaged at random")
+    with contextlib.suppress(checkpoint.NotWhole):
+        found = checkpoint.read(path)
+        for one, other in zip(tensors(found), tensors(checkpoint.read(whole)), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def run_dir_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 60 steps that is only read."""
+    home = tmp_path_factory.mktemp("once") / "run"
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", home) == 0
+    return home
+
+
+def tensors(state: Any) -> list[torch.Tensor]:
+    """All in a nested state."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in inner for tensor in tensors(value)]
+
+
+# ---------------------------------------------------------------- readers that go away
+
+
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py", "sweep.py"])
+def test_help_below_head_is_silent(name: str) -> None:
+    injected("nobody reads standard output")
+    command = f"{sys.executable} {ROOT / 'scripts' / name} --help | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+def test_an_evaluation_that_nobody_reads_is_silent_and_written(run_dir: Path) -> None:
+    injected("nobody reads standard output")
+    process = script("evaluate.py", run_dir, "--episodes", 2, "--device", "cpu")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert (run_dir / "eval.json").exists()
+
+
+def test_training_that_nobody_reads_goes_on_to_its_end(tmp_path: Path) -> None:
+    injected("nobody reads standard output")
+    process = script("train.py", *CARTPOLE, "--total-steps", 500, "--run-dir", tmp_path / "run")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 0, err
+    assert err.count("standard output cannot be written") == 1 and "Exception ignored" not in err
+    assert saved_step(tmp_path / "run") == 500
