@@ -258,6 +258,12 @@ def run(
                 f"{error} at step {agent.global_step}: stopped; {run_dir} stays as of step {checkpointer.saved_step}; "
                 "a new run with a lower --agent.learning-rate may do better"
             ) from None
+        except (torch.OutOfMemoryError, MemoryError):
+            raise UserError(
+                f"there is not enough memory at step {agent.global_step}: smaller --agent.batch-size, "
+                "--agent.buffer-size or --env.num-envs need less; "
+                f"{run_dir} stays as of step {checkpointer.saved_step}"
+            ) from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if finished(config, agent, tracker.wall_seconds):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import injected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -102,9 +103,11 @@ def half_written(error: Exception) -> Any:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
 @pytest.mark.parametrize("step", [1, 2], ids=["over the previous one", "beside the previous one"])
+@pytest.mark.faults
 def test_a_save_that_fails_half_way_leaves_the_previous_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, step: int
 ) -> None:
+    injected("a save that fails half-way")
     checkpoint.save(tmp_path, state(1), 1)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half_written(error))
@@ -117,9 +120,11 @@ def test_a_save_that_fails_half_way_leaves_the_previous_one(
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "symlink"])
+@pytest.mark.faults
 def test_a_save_that_fails_at_any_call_leaves_a_whole_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
+    injected("a save that fails at a call")
     checkpoint.save(tmp_path, state(1), 1)
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -139,6 +144,7 @@ class Killed(BaseException):
     """No handler of errors sees it, as none would see a kill."""
 
 
+@pytest.mark.faults
 def test_a_kill_before_any_call_to_the_system_leaves_a_whole_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +173,7 @@ def test_a_kill_before_any_call_to_the_system_leaves_a_whole_latest(
                 break
             except Killed:
                 survived += 1
+                injected("kill at a call of a save")
         assert checkpoint.load(tmp_path)["agent"]["clocks"][0] in (2, 3)
     assert survived >= 5, "the save made hardly a call"
     assert names(tmp_path) == ["latest", "step_000000000002.pt", "step_000000000003.pt"]
@@ -186,11 +193,13 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.faults
 def test_a_checkpoint_cut_at_any_length_is_refused(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(), 1)
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 29), len(whole) - 1]:
         path.write_bytes(whole[:length])
+        injected("checkpoint cut short")
         with pytest.raises(UserError, match="is not a whole checkpoint") as refused:
             checkpoint.load(tmp_path)
         assert "\n" not in str(refused.value)
@@ -221,9 +230,11 @@ DAMAGE = {cut: "is not a whole checkpoint", flip_a_weight: "checksum", put_nan: 
 
 
 @pytest.mark.parametrize(("damage", "expected"), DAMAGE.items())
+@pytest.mark.faults
 def test_a_damaged_checkpoint_is_not_used_and_the_one_before_it_is(
     damage: Any, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    injected("a damaged checkpoint")
     before, newest = (checkpoint.save(tmp_path, state(float(step)), step) for step in (1, 2))
     damage(newest)
     with pytest.raises(checkpoint.NotWhole, match=expected) as refused:
@@ -251,8 +262,10 @@ def test_without_the_link_the_newest_file_is_loaded(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 @given(st.floats(0, 1), st.integers(1, 200))
+@pytest.mark.faults
 def test_bytes_flipped_anywhere_change_nothing_that_is_loaded(tmp_path: Path, at: float, count: int) -> None:
     """Names and padding may be hit, which no checksum covers: then the file is refused, or it is as it was."""
+    injected("bytes flipped in a checkpoint")
     path = checkpoint.save(tmp_path, state(7.0), 1)
     flip(path, int(at * path.stat().st_size), count)
     with contextlib.suppress(UserError):
@@ -279,7 +292,9 @@ def test_where_a_state_is_not_finite_is_named(bad: float) -> None:
         st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)).map(pickle.dumps),
     )
 )
+@pytest.mark.faults
 def test_any_other_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    injected("rubbish in place of a checkpoint")
     path = tmp_path / "step_000000000001.pt"
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"is not a (whole )?checkpoint"):
@@ -287,7 +302,9 @@ def test_any_other_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("other", [{"format": 1}, {"format": 4}, {"model": torch.zeros(2)}, [1, 2], torch.zeros(3)])
+@pytest.mark.faults
 def test_a_torch_file_of_another_program_is_refused(tmp_path: Path, other: object) -> None:
+    injected("a checkpoint of another program or version")
     path = tmp_path / "other.pt"
     torch.save(other, path)
     with pytest.raises(UserError, match="is not a checkpoint of this program"):
@@ -311,7 +328,9 @@ class Trap:
         return os.mkdir, (str(self.target),)
 
 
+@pytest.mark.faults
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    injected("a pickle that runs code", 2)
     path, sprung = tmp_path / "trap.pt", tmp_path / "sprung"
     torch.save({"format": checkpoint.FORMAT, "agent": Trap(sprung)}, path)
     with pytest.raises(UserError, match=r"might run code: not read$"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import injected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import spec_of_shape
@@ -255,9 +256,11 @@ def test_a_bad_address_is_named(tmp_path: Path, address: str) -> None:
 # With a server.
 
 
+@pytest.mark.faults
 def test_history_comes_back_after_the_server_was_killed(
     tmp_path: Path, server: Server, boards: list[Dashboard]
 ) -> None:
+    injected("Visdom killed and back")
     run = write_run(tmp_path / "run", 2000)
     board = begin(boards, run, server.url)
     wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
@@ -274,9 +277,11 @@ def test_history_comes_back_after_the_server_was_killed(
     assert xs[-1] == pytest.approx(4 * 2398.5 * 1000)
 
 
+@pytest.mark.faults
 def test_a_stopped_server_holds_nobody_and_drawing_goes_on_after_it(
     tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    injected("Visdom hanging")
     monkeypatch.setattr(thread, "READ_TIMEOUT", 0.5)
     run = write_run(tmp_path / "run", 10)
     board, other = begin(boards, run, server.url), begin(boards, run, server.url)
@@ -375,9 +380,11 @@ def test_the_newest_video_of_bearable_size_is_shown(
 # Without one.
 
 
+@pytest.mark.faults
 def test_no_server_costs_nothing_and_is_said_once(
     tmp_path: Path, boards: list[Dashboard], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    injected("Visdom absent")
     show_log()
     board = Dashboard(write_run(tmp_path / "run", 5), "http://127.0.0.1:9", period=0.01)
     boards.append(board)
@@ -401,10 +408,12 @@ def test_a_dashboard_that_never_started_can_be_closed(tmp_path: Path) -> None:
     Dashboard(tmp_path, "127.0.0.1:9").close()
 
 
-@pytest.mark.parametrize(("status", "answer"), [(200, b"something else"), (500, b"score")])
+@pytest.mark.parametrize(("status", "answer"), [(200, b"something else"), (403, b"no"), (500, b"score")])
+@pytest.mark.faults
 def test_windows_are_sent_again_until_the_server_takes_them(
     tmp_path: Path, boards: list[Dashboard], status: int, answer: bytes
 ) -> None:
+    injected("Visdom answering rubbish or an error")
     asked: list[str] = []
 
     class Refusing(http.server.BaseHTTPRequestHandler):

@@ -8,22 +8,38 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import probes
 import pytest
 import torch
 from faults import injected
 from run_helpers import CARTPOLE, RANDAL_CARTPOLE, ROOT, check_episodes, refusal, rows, script, train
-from test_resume import FOR_EVER, saved_step, wait_until
+from test_resume import FOR_EVER, Killable, saved_step, wait_until
 
-from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn import (
+    MLP,
+    RANDAL,
+    PPOConfig,
+    PredictorMLP,
+    RANDALTrainer,
+    RANDALTrainerConfig,
+    checkpoint,
+    cli,
+    training,
+)
 from gravitar_dqn.agents.base import BaseAgent
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.serialization import flatten, to_dict
 
 pytestmark = pytest.mark.faults
 
@@ -305,3 +321,207 @@ def test_training_that_nobody_reads_goes_on_to_its_end(tmp_path: Path) -> None:
     assert process.wait() == 0, err
     assert err.count("standard output cannot be written") == 1 and "Exception ignored" not in err
     assert saved_step(tmp_path / "run") == 500
+
+
+# ---------------------------------------------------------------- signals and kills
+
+
+def test_the_first_signal_ends_a_validation_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    injected("signal during a validation")
+    played: list[int] = []
+
+    class Slow(probes.Both):
+        """A game that gets no further than its second step before the signal."""
+
+        length = 10**9
+
+        def step(self, action: int) -> Any:
+            played.append(action)
+            if len(played) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    ppo = PPOConfig(device="cpu")
+    agent = RANDAL(MLP, PredictorMLP, (1,), 2, ppo, pixel_control=False)
+    config = RANDALTrainerConfig(
+        total_steps=10**6,
+        nsteps=8,
+        num_minibatches=2,
+        init_obs_steps=10,
+        replay_length=100,
+        validate_freq=50,
+        num_val_episodes=1,
+        log_dir=str(tmp_path),
+        log_scalars=False,
+    )
+    trainer = RANDALTrainer(probes.vector_of(probes.Both, 4), agent, probes.vector_of(Slow, 1), config)
+    trainer.train()
+    assert 2 <= len(played) < 20
+    assert saved_step(trainer.run_dir) >= 50
+    assert rows(trainer.run_dir / "validation.csv") == [], "a validation that was broken off is none"
+
+
+def signal_at_random(home: Path, number: signal.Signals, times: int, rng: random.Random) -> None:
+    """Start a run, send it a signal (twice, where `times` is 2) at any moment of its life, and resume what it left."""
+    injected(f"{number.name} {'twice' if times == 2 else 'once'} at a random moment")
+    run = Killable([*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", home])
+    wait_until(lambda: (checkpoint.folder(home) / "latest").exists(), run)
+    time.sleep(rng.uniform(0, 0.5))
+    for _ in range(times):
+        os.kill(run.process.pid or 0, number)
+        time.sleep(rng.choice([0, 0.001, 0.01]))
+    run.process.join(30)
+    code = run.process.exitcode
+    assert code == 128 + number or (times == 2 and code in (-number, 130)), code
+    step = saved_step(home)
+    assert train("--resume", home, "--total-steps", step + 20) == 0
+    check_episodes(home, [0, step])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(number: signal.Signals, times: int, tmp_path: Path) -> None:
+    signal_at_random(tmp_path / "run", number, times, random.Random(random.randrange(2**32)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_at_many_moments_leave_runs_that_go_on(number: signal.Signals, seed: int, tmp_path: Path) -> None:
+    signal_at_random(tmp_path / "run", number, 1 + seed % 2, random.Random(seed))
+
+
+# ---------------------------------------------------------------- what breaks beneath a run
+
+
+def test_a_game_that_raises_ends_the_run_badly_and_what_was_saved_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("an environment that raises")
+
+    def broken(self: Any, *step: Any) -> None:
+        observe(self, *step)
+        if self.global_step == 150:
+            raise RuntimeError("the emulator died")
+
+    observe = BaseAgent.observe
+    monkeypatch.setattr(BaseAgent, "observe", broken)
+    run_dir = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="the emulator died"):  # the process ends with its traceback, and 1
+        train(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)
+    monkeypatch.undo()
+    step = saved_step(run_dir)
+    assert train("--resume", run_dir, "--total-steps", step + 100) == 0
+    check_episodes(run_dir, [0, step])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
+def test_too_little_memory_is_one_line(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("out of memory")
+
+    def full(self: Any) -> int:
+        if self.global_step == 100:
+            raise error
+        return 0
+
+    monkeypatch.setattr(DQNAgent, "update", full)
+    assert train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run") == 2
+    assert last_line(capsys) == (
+        "error: there is not enough memory at step 100: smaller --agent.batch-size, --agent.buffer-size or "
+        f"--env.num-envs need less; {tmp_path / 'run'} stays as of step 0"
+    )
+    assert saved_step(tmp_path / "run") == 0
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    injected("a clock that jumps")
+    jumps = cycle([0.0, 1e9, 4e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    assert train(*CARTPOLE, *EVERY_STEP, "--total-steps", 200, "--run-dir", tmp_path / "run") == 0
+    seconds = [row["wall_seconds"] for row in rows(tmp_path / "run" / "metrics.csv")]
+    assert seconds == sorted(seconds) and seconds[-1] < 60
+
+
+def test_a_folder_that_is_removed_ends_the_run_badly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("a run's folder removed")
+    step, run_dir = training.Checkpointer.step, tmp_path / "run"
+
+    def remove(self: Any, episodes: Any) -> None:
+        step(self, episodes)
+        if self._agent.global_step == 150:
+            shutil.rmtree(run_dir)
+
+    monkeypatch.setattr(training.Checkpointer, "step", remove)
+    assert train(*CARTPOLE, "--total-steps", 300, "--run-dir", run_dir) == 4
+    assert re.search(r"error: .*csv could not be written: its last \d+ rows are lost", last_line(capsys))
+    assert saved_step(run_dir) == 300, "what could be saved is"
+
+
+# ---------------------------------------------------------------- settings
+
+
+NUMBERS: dict[str, list[object]] = {
+    "whole": [-1, 0, 1, 2, 3, 7, 20, "x", "", 1.5, "nan"],
+    "real": [-1, 0, 1e-9, 0.001, 0.3, 0.5, 1, 2, 1e6, "nan", "inf", "x"],
+}
+SMALL_RUNS = {
+    "cartpole": [*CARTPOLE, "--total-steps", 150],
+    "randal-cartpole": [*RANDAL_CARTPOLE, "--total-steps", 150],
+    "ram": ["gravitar-ram", *CARTPOLE[1:], "--env.num-envs", 2, "--total-steps", 120],
+}
+LEFT_ALONE = {"preset", "env.id", "dashboard", "video_dir", "total_steps", "total_minutes", "log_seconds", "seed"}
+
+
+def random_settings(preset: str, rng: random.Random) -> list[str]:
+    """One to three settings of a preset with values that may fit or not."""
+    config = cli.parse_train([str(word) for word in SMALL_RUNS[preset]], "train.py")[0].config
+    words = []
+    values = {name: value for name, value in flatten(to_dict(config)).items() if name not in LEFT_ALONE}
+    for name, value in rng.sample(sorted(values.items()), rng.choice([1, 1, 2, 3])):
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(rng.choice([option, option.replace("--", "--no-", 1)]))
+        elif isinstance(value, str):
+            words.append(f"{option}={rng.choice([value, 'nonsense', ''])}")
+        else:
+            words.append(f"{option}={rng.choice(NUMBERS['whole' if isinstance(value, int) else 'real'])}")
+    return words
+
+
+def try_settings(preset: str, seed: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short run with random settings trains, or is refused by one line and leaves nothing."""
+    words = random_settings(preset, random.Random(f"{preset} {seed}"))
+    injected("random settings")
+    code = train(*SMALL_RUNS[preset], *words, "--run-dir", home)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err, words
+    if code == 2:
+        assert err.splitlines()[-1].startswith("error: "), words
+        assert not home.exists(), words
+    elif code == 3:  # a step of 1e6 may well end in infinity
+        assert "stays as of step 0" in err, words
+    else:
+        assert code == 0, (words, err)
+        assert saved_step(home) >= 120, words
+
+
+@pytest.mark.parametrize(
+    ("preset", "seed"), [("ram", 0), ("ram", 1), *product(("cartpole", "randal-cartpole"), range(6))]
+)
+def test_any_settings_train_or_are_refused(
+    preset: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_settings(preset, seed, tmp_path / "run", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 200))
+@pytest.mark.parametrize("preset", SMALL_RUNS)
+def test_many_settings_train_or_are_refused(
+    preset: str, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_settings(preset, seed, tmp_path / "run", capsys)

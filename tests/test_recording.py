@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from faults import injected
 from probes import spec_of_shape
 from run_helpers import CARTPOLE, ROOT, train
 
@@ -109,7 +110,10 @@ def test_a_film_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert everything(tmp_path) == []
 
 
+@pytest.mark.faults
 def test_an_encoder_that_dies_is_a_video_error_and_leaves_nothing(tmp_path: Path) -> None:
+    injected("encoder killed during a film")
+
     def pictures() -> Iterator[npt.NDArray[np.uint8]]:
         (tmp_path / "gone").rmdir()  # ffmpeg finds nowhere to write
         while True:
@@ -120,8 +124,10 @@ def test_an_encoder_that_dies_is_a_video_error_and_leaves_nothing(tmp_path: Path
     assert everything(tmp_path) == []
 
 
+@pytest.mark.faults
 def test_a_film_that_the_disk_cuts_short_is_not_passed_off_as_whole(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk. ffmpeg notices it only when it ends the film."""
+    injected("disk full during a film")
     code = f"""
 import resource, signal
 import numpy as np
@@ -253,7 +259,9 @@ def test_every_25th_episode_is_filmed_by_another_process_that_ends(
     ]
 
 
+@pytest.mark.faults
 def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    injected("stop during a film")
     config = limited("gravitar", max_frames=100_000)
     recorder = make_recorder(tmp_path, monkeypatch, config)
     recorder._agent.q_network = make_q_network(spec_of_shape((4, 84, 84)), config.agent)
@@ -268,9 +276,11 @@ def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypa
     assert everything(tmp_path / "scratch") == []
 
 
+@pytest.mark.faults
 def test_a_recording_process_that_dies_costs_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    injected("recording process killed")
     show_log()
     recorder = make_recorder(tmp_path, monkeypatch)
     recorder.step([Episode(0, 0, 0.0, 1)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import injected
 from replay_helpers import check_valid
 from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, refusal, rows, script, train
 from tqdm import tqdm
@@ -329,6 +330,7 @@ def kill_and_resume(run_dir: Path, times: int, seed: int) -> None:
             wait_until(lambda: list(home.glob("*.tmp")), run)
         run.kill()
         torn += bool(list(home.glob("*.tmp")))
+        injected("kill -9 during a save" if list(home.glob("*.tmp")) else "kill -9 during training")
 
         sessions.append(saved_step(run_dir))
         words = ["--resume", run_dir, *often]
@@ -347,10 +349,12 @@ def kill_and_resume(run_dir: Path, times: int, seed: int) -> None:
     print(f"{times} kills, {torn} in the middle of a save, {sessions[-1]} steps, {len(games)} games")
 
 
+@pytest.mark.faults
 def test_a_killed_run_resumes_from_a_whole_checkpoint(tmp_path: Path) -> None:
     kill_and_resume(tmp_path / "run", times=3, seed=random.randrange(2**32))
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_resumes_every_time(tmp_path: Path) -> None:
     kill_and_resume(tmp_path / "run", times=20, seed=random.randrange(2**32))
@@ -359,9 +363,11 @@ def test_a_run_killed_twenty_times_resumes_every_time(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- two at once
 
 
+@pytest.mark.faults
 def test_a_run_that_is_going_cannot_be_resumed_beside_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    injected("two runs in one folder")
     run_dir = tmp_path / "run"
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     before = (run_dir / "metrics.csv").read_bytes()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from faults import injected
 from run_helpers import rows
 
 from gravitar_dqn.config import DQNRunConfig
@@ -156,9 +157,11 @@ class TestCsvLog:
         log.flush()
         assert log.path.read_bytes() == b"global_step,score\n1,10\n2,1234567890\n3,1234567890\n4,30\n"
 
+    @pytest.mark.faults
     def test_a_second_full_disk_is_told_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        injected("disk full during CSV", 2)
         log = CsvLog(tmp_path / "a.csv", COLUMNS)
         for step in (1, 2):
             with monkeypatch.context() as patch:
@@ -169,7 +172,9 @@ class TestCsvLog:
         assert capsys.readouterr().err.count("warning: ") == 2
         assert [row["global_step"] for row in rows(log.path)] == [1, 2]
 
+    @pytest.mark.faults
     def test_a_folder_that_went_away_costs_a_warning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        injected("CSV file removed")
         log = CsvLog(tmp_path / "a.csv", COLUMNS)
         log.path.unlink()
         log.add([1, 10])
@@ -177,7 +182,9 @@ class TestCsvLog:
         assert "cannot be written" in capsys.readouterr().err
 
     @pytest.mark.parametrize("torn", ["", "8", "8,", "5,1", "5,10", "\0\0\0\0", '5,"1'])
+    @pytest.mark.faults
     def test_a_resume_drops_later_rows_and_torn_lines(self, tmp_path: Path, torn: str) -> None:
+        injected("CSV row torn by a kill")
         path = tmp_path / "a.csv"
         path.write_text(f"global_step,score\n2,10\n3,20\n5,30\n6,40\n{torn}")
         log = CsvLog(path, COLUMNS, last_step=5)
@@ -275,9 +282,11 @@ class TestTracker:
         (row,) = rows(tmp_path / "metrics.csv")
         assert repr(row["td_loss"]) == repr(bad)
 
+    @pytest.mark.faults
     def test_rows_that_cannot_be_written_to_the_end_are_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        injected("disk full during CSV")
         agent = Agent()
         tracker = make_tracker(tmp_path, agent, log_seconds=100)
         agent.global_step = 8

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults import injected
 from visdom_helpers import ROOT, Server, environ, free_port, pretend_prepared, wait_until
 
 from gravitar_dqn import cli
@@ -226,7 +227,9 @@ def test_a_server_is_started_once_shared_and_stopped(port: int, capsys: pytest.C
     assert capsys.readouterr().out == f"there is no server of this package on port {port}\n"
 
 
+@pytest.mark.faults
 def test_a_hung_server_is_passed_over_and_can_be_stopped(port: int) -> None:
+    injected("Visdom hanging")
     assert find_or_start_server(port) == f"http://127.0.0.1:{port}"
     os.kill(int((visdom_files.cache_dir() / f"server-{port}.pid").read_text()), signal.SIGSTOP)
     started = time.monotonic()
@@ -236,7 +239,10 @@ def test_a_hung_server_is_passed_over_and_can_be_stopped(port: int) -> None:
     assert probe(port) == "free"
 
 
+@pytest.mark.faults
 def test_a_port_held_by_something_else_is_passed_over(port: int) -> None:
+    injected("port taken")
+
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)

@@ -216,7 +216,8 @@ class DQNAgent(BaseAgent):
     def _capture(self) -> None:
         settings, rnd = self.config.agent, self.config.rnd
         changes = settings.learning_rate_decay > 0
-        prepare_optimizer(self.optimizer, settings.learning_rate, self._graphs, self.device, changes=changes)
+        learning_rate = self._scheduled_learning_rate(settings)
+        prepare_optimizer(self.optimizer, learning_rate, self._graphs, self.device, changes=changes)
         if self.rnd_optimizer is not None:
             prepare_optimizer(self.rnd_optimizer, rnd.learning_rate, self._graphs, self.device, changes=False)
         self._epsilon_clock = -1  # also after a resume
