@@ -7,6 +7,8 @@ the shell that started the tests has it ignored, as it does for a job in the bac
 
 import os
 import signal
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from faults import INJECTED
@@ -17,9 +19,26 @@ settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+REPORTED: Counter[str] = Counter()  # of all processes that run tests
+
+
+@pytest.fixture(autouse=True)
+def _count_faults(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's faults go into its report, which reaches the process that prints the end."""
+    before = INJECTED.copy()
+    yield
+    if found := INJECTED - before:
+        request.node.user_properties.append(("faults", dict(found)))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what the reports say."""
+    if report.when == "teardown":
+        REPORTED.update(dict(report.user_properties).get("faults", {}))
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many faults were injected, by kind."""
-    if INJECTED:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in INJECTED.most_common())
-        terminalreporter.write_line(f"{INJECTED.total()} faults injected: {kinds}")
+    if REPORTED:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in REPORTED.most_common())
+        terminalreporter.write_line(f"{REPORTED.total()} faults injected: {kinds}")
