@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or repeated: nothing is lost or doubled, and a seed plays the same games twice."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -8,9 +9,15 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import ppo_helpers
+import probes
 import pytest
 import torch
 from faults import injected
@@ -19,6 +26,12 @@ from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episo
 from tqdm import tqdm
 
 from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.agents.ppo import PPOAgent
+from gravitar_dqn.config import EnvSettings, PPORNDSettings, RNDSettings
+from gravitar_dqn.envs import spec_of
+from gravitar_dqn.loop import play
+from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run_dir import load_run, lock
 
 FOR_EVER = ["--total-steps", 10**9]
@@ -253,6 +266,68 @@ def test_the_same_seed_is_the_same_run_to_the_bit(tmp_path: Path, words: list[st
     (weights, others) = (state["policy"] for state in (a, b))
     for name, weight in weights.items():
         assert torch.equal(weight, others[name]), name
+
+
+class Clockwork(probes.Probe):
+    """Games of three steps that are all the same, so that a new one is no other game than the one that is left."""
+
+    length = 3
+
+    def see(self) -> npt.NDArray[Any]:
+        return np.array([self.time / 3], dtype=np.float32)
+
+    def reward(self, action: int) -> float:
+        return float(action) if self.time else -1.0
+
+
+GAME = Clockwork.length + 1  # steps with the dummy one at its end
+INTERRUPTED = {
+    "dqn": (
+        DQNAgent,
+        replace(
+            PRESETS["cartpole"],
+            env=EnvSettings(num_envs=4),
+            agent=replace(
+                PRESETS["cartpole"].agent, learning_starts=20, batch_size=16, train_frequency=4, n_step=2,
+                priority_exponent=0.5, epsilon_decay=300, target_network_frequency=20,
+            ),
+            rnd=RNDSettings(coef=0.1, init_updates=2),
+            device="cpu",
+        ),
+    ),
+    "randal": (
+        PPOAgent,
+        replace(ppo_helpers.settings(ppo_helpers.VECTOR_TASKS, num_envs=4), rnd=PPORNDSettings(init_steps=GAME)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupted_run_is_the_uninterrupted_one_to_the_bit(kind: Any, config: Any) -> None:
+    """Where games are alike, the replay is kept, and neither a game nor a rollout is under way."""
+
+    def build() -> tuple[Any, Any]:
+        envs = probes.vector_of(Clockwork, 4)
+        return envs, kind(config, spec_of(envs), torch.device("cpu"))
+
+    def go_on(envs: Any, agent: Any, games: int) -> None:
+        for _ in islice(play(envs, agent, agent.global_step), GAME * games):
+            pass
+
+    torch.manual_seed(0)
+    envs, agent = build()
+    first = copy.deepcopy(agent.state_dict())
+    before, after = 21, 20  # of them 1 is random at RANDAL's start, and 4 fill its first window; a rollout is 4
+    go_on(envs, agent, before)
+    assert getattr(agent, "_step", 0) == 0 and agent.num_updates > 10
+    resumed_envs, resumed = build()
+    resumed.load_state_dict(copy.deepcopy(agent.state_dict(replay=True)))
+    go_on(resumed_envs, resumed, after)
+
+    envs, agent = build()
+    agent.load_state_dict(first)
+    go_on(envs, agent, before + after)
+    assert_same(resumed.state_dict(), agent.state_dict())
 
 
 def test_randal_resumes_evaluates_and_keeps_its_columns(tmp_path: Path) -> None:
