@@ -97,6 +97,8 @@ def test_explained_variance_by_hand() -> None:
     assert functional.explained_variance(torch.zeros(4), targets, mask).item() == pytest.approx(0.0, abs=1e-6)
     halves = functional.explained_variance(targets / 2, targets, mask)
     assert halves.item() == pytest.approx(0.75, abs=1e-6)
+    constant = functional.explained_variance(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.full((4,), 7.0), mask)
+    assert torch.isfinite(constant), "returns that are all alike"
 
 
 def test_sampled_scores_follow_the_policy() -> None:

@@ -74,6 +74,8 @@ def test_a_tasks_gradient_is_clipped_alone_and_weighed() -> None:
     assert (a_part.item(), b_part.item()) == (pytest.approx(0.5 * 3 / 5), pytest.approx(0.5 * 4 / 5))
     ((only, whole),) = functional.task_gradients(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
     assert only is b and whole.item() == pytest.approx(2 * 4)
+    ((_, nothing),) = functional.task_gradients(0.0 * b, [b], max_norm=1.0, weight=0.5)
+    assert nothing.item() == 0, "no gradient is no reason for a NaN"
     assert a.grad is None and b.grad is None
 
 
@@ -93,6 +95,11 @@ def test_epsilon_of_the_notebook() -> None:
     end = torch.tensor(0.02, dtype=torch.float64)
     epsilon = [functional.linear_schedule(0.5, end, 960, episode).item() for episode in (0, 1, 5, 960, 5000)]
     assert epsilon == pytest.approx([0.5, 0.4995, 0.4975, 0.02, 0.02])
+
+
+def test_a_schedule_of_no_duration_stays_at_its_start() -> None:
+    assert functional.linear_schedule(0.5, 0.25, 0, 7) == 0.5
+    assert functional.linear_schedule(0.5, 0.25, 4, 2) == 0.375
 
 
 def test_ladder_of_epsilons() -> None:

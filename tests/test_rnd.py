@@ -119,6 +119,7 @@ def test_the_loss_comes_with_the_fresh_bonus_of_its_rows() -> None:
     rnd = make_rnd(spec_of_shape((8,)), 1, RNDSettings(coef=1.0, init_updates=0))
     obs = torch.randn(40, 8)
     loss, fresh = rnd.loss(obs, torch.Generator())
+    assert loss.requires_grad and not fresh.requires_grad
     torch.testing.assert_close(fresh, rnd.bonus(obs).detach())
     torch.testing.assert_close(loss, rnd.bonus(obs).mean())
 
