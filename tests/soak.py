@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from run_helpers import ROOT, rows
@@ -56,8 +57,8 @@ def look(pid: int, began: float, run_dir: Path) -> Sample:
         seconds=time.monotonic() - began,
         memory=memory_of(pid),
         film=sum(map(memory_of, children)),
-        threads=len(os.listdir(f"/proc/{pid}/task")),
-        files=len(os.listdir(f"/proc/{pid}/fd")),
+        threads=len(list(Path(f"/proc/{pid}/task").iterdir())),
+        files=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         disk=sum(path.stat().st_size for path in run_dir.rglob("*.*") if path.is_file()) / 2**20,
     )
 
@@ -91,7 +92,7 @@ def check_tables(run_dir: Path) -> None:
     assert ends == sorted(ends)
     assert metrics[-1]["global_step"] == clocks["global_step"]
     seconds = [row["wall_seconds"] for row in metrics]
-    gaps = [later - before for before, later in zip(seconds, seconds[1:], strict=False)]
+    gaps = [later - before for before, later in pairwise(seconds)]
     assert min(gaps) > 0, "a row is doubled"
     print(f"{len(games)} games and {len(metrics)} rows of metrics, none lost; longest gap {max(gaps):.1f} s")
 
