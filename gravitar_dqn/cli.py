@@ -60,8 +60,6 @@ class PlayArguments:
     """Probability of a random action."""
     seed: int = bounded(742, high=2**30)
     """Seeds the games and the random actions."""
-    threads: int = bounded(0)
-    """Processor threads of the network's arithmetic; 0: as many as torch takes."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +201,10 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
-    from gravitar_dqn.execution import choose_device, use_threads
+    from gravitar_dqn.execution import choose_device
 
     how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed")}
     how["device"] = choose_device(arguments.device)
-    use_threads(arguments.threads)
     result = evaluate(trained, **how)
     if arguments.run_dir:
         write_json(run_dir / "eval.json", result)
@@ -236,11 +233,9 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     check_bounds(arguments, "--")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import load_policy
-    from gravitar_dqn.execution import use_threads
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import record_game
 
-    use_threads(arguments.threads)
     config, network = trained.config, load_policy(trained.config, trained.weights)
     look = make_look(trained, network) if arguments.overlay else None
     home = arguments.video_dir / trained.name
@@ -329,18 +324,14 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
-    """Run a command and return its exit code.
-
-    A UserError is one line on standard error and has a code of its own; a file that cannot be made is 2. Where nobody
-    reads what is printed, as below `| head`, the command ends as others do then.
-    """
+    """Run a command and return its exit code; an error that the user can mend is one line on standard error."""
     show_log()
     try:
         try:
             return command(argv, prog) or 0
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`: end as other programs do
         silence_stdout()
         return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -61,6 +62,18 @@ def holds_other(folder: Path, ours: str) -> bool:
         return True
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     return bool(there - {"lock"}) and ours not in there
+
+
+@contextlib.contextmanager
+def removed_after_errors(run_dir: Path) -> Iterator[None]:
+    """After an error inside, what appeared in the folder is removed, and the folder too where nothing else is in it."""
+    before = {path for path in run_dir.iterdir() if path.name != "lock"}
+    try:
+        yield
+    except BaseException:
+        for path in {*run_dir.iterdir()} - before if before else [run_dir]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def cannot_be_written(run_dir: Path, error: OSError) -> UserError:

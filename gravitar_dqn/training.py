@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.processes import command_line
 from gravitar_dqn.recording import Recorder
-from gravitar_dqn.run_dir import cannot_be_written, lock, write_config
+from gravitar_dqn.run_dir import cannot_be_written, lock, removed_after_errors, write_config
 from gravitar_dqn.serialization import to_dict
 from gravitar_dqn.telemetry import Console, Tracker
 
@@ -112,6 +111,13 @@ class Checkpointer:
             raise NotFinite(f"{name} holds NaN or infinity")
         checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
         self.saved_step = self._agent.global_step
+
+    def save_first(self) -> None:
+        """`save`, so that a kill leaves something whole to resume from; UserError when that cannot be."""
+        try:
+            self.save()
+        except OSError as error:
+            raise cannot_be_written(self._run_dir, error) from None
 
     def save_last(self) -> None:
         """`save`, or NotSaved."""
@@ -230,22 +236,16 @@ def run(
     with lock(run_dir), stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
-        nothing_begun = closing.enter_context(contextlib.ExitStack())
-        if not state:
-            nothing_begun.callback(shutil.rmtree, run_dir, ignore_errors=True)
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
-        tracker, checkpointer, observers = closing.enter_context(following)
-        if not state:
-            try:
-                checkpointer.save()  # from now on a kill leaves something whole to resume from
-            except OSError as error:
-                raise cannot_be_written(run_dir, error) from None
-        nothing_begun.pop_all()
+        with contextlib.nullcontext() if state else removed_after_errors(run_dir):
+            tracker, checkpointer, observers = closing.enter_context(following)
+            if not state:
+                checkpointer.save_first()
         timer = Timer(torch.cuda.synchronize if show_times and agent.device.type == "cuda" else None)
         first_step = agent.global_step
-        overlap = can_overlap(envs, agent)
         try:
-            for episodes in play(envs, agent, config.seed + agent.global_step, overlap=overlap, timer=timer):
+            seed, overlap = config.seed + first_step, can_overlap(envs, agent)
+            for episodes in play(envs, agent, seed, overlap=overlap, timer=timer):
                 for observer in observers:
                     observer.step(episodes)
                 if stop.requested or finished(config, agent, tracker.wall_seconds):
@@ -253,17 +253,8 @@ def run(
             if stop.requested:
                 log.info("stopping: the run is being saved")
             checkpointer.save_last()
-        except NotFinite as error:
-            raise NotFinite(
-                f"{error} at step {agent.global_step}: stopped; {run_dir} stays as of step {checkpointer.saved_step}; "
-                "a new run with a lower --agent.learning-rate may do better"
-            ) from None
-        except (torch.OutOfMemoryError, MemoryError):
-            raise UserError(
-                f"there is not enough memory at step {agent.global_step}: smaller --agent.batch-size, "
-                "--agent.buffer-size or --env.num-envs need less; "
-                f"{run_dir} stays as of step {checkpointer.saved_step}"
-            ) from None
+        except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
+            raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if finished(config, agent, tracker.wall_seconds):
@@ -272,6 +263,15 @@ def run(
         how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
         farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
         return stop.exit_code
+
+
+def broken_off(error: Exception, agent: Agent, stays: str) -> UserError:
+    """What a run that cannot go on ends with: what happened, when, what is left and what would do."""
+    if isinstance(error, NotFinite):
+        hint = "a new run with a lower --agent.learning-rate may do better"
+        return NotFinite(f"{error} at step {agent.global_step}: stopped; {stays}; {hint}")
+    hint = "smaller --agent.batch-size, --agent.buffer-size or --env.num-envs need less"
+    return UserError(f"there is not enough memory at step {agent.global_step}: {hint}; {stays}")
 
 
 def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:

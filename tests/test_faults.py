@@ -365,13 +365,16 @@ def signal_at_random(home: Path, number: signal.Signals, times: int, rng: random
     """Start a run, send it a signal (twice, where `times` is 2) at any moment of its life, and resume what it left."""
     injected(f"{number.name} {'twice' if times == 2 else 'once'} at a random moment")
     run = Killable([*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", home])
-    wait_until(lambda: (checkpoint.folder(home) / "latest").exists(), run)
-    time.sleep(rng.uniform(0, 0.5))
-    for _ in range(times):
-        os.kill(run.process.pid or 0, number)
-        time.sleep(rng.choice([0, 0.001, 0.01]))
-    run.process.join(30)
-    code = run.process.exitcode
+    try:
+        wait_until(lambda: (checkpoint.folder(home) / "latest").exists(), run)
+        time.sleep(rng.uniform(0, 0.5))
+        for _ in range(times):
+            os.kill(run.process.pid or 0, number)
+            time.sleep(rng.choice([0, 0.001, 0.01]))
+        run.process.join(60)
+        code = run.process.exitcode
+    finally:
+        run.process.kill()
     assert code == 128 + number or (times == 2 and code in (-number, 130)), code
     step = saved_step(home)
     assert train("--resume", home, "--total-steps", step + 20) == 0
