@@ -445,6 +445,14 @@ def test_a_beginners_mistake_is_told_the_right_way(
     assert not Path("run").exists()
 
 
+def test_torch_takes_as_many_threads_as_asked_for(monkeypatch: pytest.MonkeyPatch, run_dir: Path) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert train("--resume", run_dir, "--total-steps", 70, "--threads", 3) == 0, "it is free to change"
+    assert train("--resume", run_dir, "--total-steps", 80, "--threads", 0) == 0
+    assert asked == [3]
+
+
 def test_profile_prints_at_the_end_where_the_time_went(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*CARTPOLE, "--total-steps", 200, "--run-dir", "run", "--profile") == 0
     told = capsys.readouterr().err

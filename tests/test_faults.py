@@ -477,6 +477,7 @@ SMALL_RUNS = {
     "ram": ["gravitar-ram", *CARTPOLE[1:], "--env.num-envs", 2, "--total-steps", 120],
 }
 LEFT_ALONE = {"preset", "env.id", "dashboard", "video_dir", "total_steps", "total_minutes", "log_seconds", "seed"}
+LEFT_ALONE |= {"threads"}  # they would stay for the tests that follow
 
 
 def random_settings(preset: str, rng: random.Random) -> list[str]:

@@ -1,6 +1,7 @@
 """`RANDAL` and `RANDALTrainer`: the published names, from Python, over the package's own loop and files."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,7 @@ def test_a_stopped_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path))
-    monkeypatch.setattr(training.Stop, "requested", True, raising=False)
-    monkeypatch.setattr(training.Stop, "__init__", lambda self: None)
+    monkeypatch.setattr(training.Stop, "__init__", lambda self: setattr(self, "_number", signal.SIGINT))
     trainer.train()
     assert f"go on with: RANDALTrainer(...).train(resume='{trainer.run_dir}')" in capsys.readouterr().err
 

@@ -359,6 +359,7 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
 def _train_alone(words: list[object]) -> None:
     """In a process of its own, whose output nobody reads."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore that outlives a kill
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
