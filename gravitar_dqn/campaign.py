@@ -301,8 +301,9 @@ class Campaign:
         if process.returncode == 0:
             self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
         elif name == "train":
-            ended = "" if interrupted else DONE if " is complete (" in line else FAILED
-            self._note(name, ended or PIECE, seconds, self._how_far() if ended != FAILED else line)
+            stopped = interrupted and process.returncode in (128 + signal.SIGINT, -signal.SIGKILL)
+            ended = PIECE if stopped else DONE if " is complete (" in line else FAILED
+            self._note(name, ended, seconds, self._how_far() if ended != FAILED else line)
         elif not interrupted:
             self._note(name, FAILED, seconds, line)
         else:

@@ -10,7 +10,7 @@ import logging
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 class NotWhole(UserError):
     """A checkpoint that is damaged, or holds what no checkpoint of ours would."""
+
+    def __init__(self, path: Path, complaint: str) -> None:
+        super().__init__(f"{path} {complaint}")
+        self.path = path
 
 
 def folder(run_dir: Path) -> Path:
@@ -72,30 +76,45 @@ def mend(run_dir: Path) -> None:
         _point_to(paths[-1])
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(run_dir: Path, device: torch.device | str = "cpu", *, set_aside: bool = False) -> dict[str, Any]:
     """The state in the newest checkpoint that is whole, with a warning where a newer one is not.
 
+    `set_aside`, for a run that goes on: damaged files are renamed, so that none counts among those that are kept.
     UserError when there is none, or when it is another program's.
     """
-    newest = (folder(run_dir) / "latest").resolve()
-    paths = sorted(folder(run_dir).glob("step_*.pt"), reverse=True)
     damaged: list[NotWhole] = []
-    for path in sorted(paths, key=lambda path: path.name != newest.name):  # then from new to old
-        try:
-            state = read(path, device)
-        except NotWhole as error:
-            damaged.append(error)
-            continue
+    for path, state in whole(run_dir, damaged, device):
         if damaged:
             log.warning("%s; %s is used instead", damaged[0], path.name)
+        for error in damaged if set_aside else ():
+            error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
         return state
     if damaged:
         raise damaged[0]
     raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
 
 
+def whole(
+    run_dir: Path, damaged: list[NotWhole], device: torch.device | str = "cpu"
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A run's checkpoints that are whole, and their states: that of `latest`, then from new to old.
+
+    What is wrong with the others is added to `damaged` when they are passed.
+    """
+    newest = (folder(run_dir) / "latest").resolve()
+    paths = sorted(folder(run_dir).glob("step_*.pt"), reverse=True)
+    for path in sorted(paths, key=lambda path: path.name != newest.name):
+        try:
+            yield path, read(path, device)
+        except NotWhole as error:
+            damaged.append(error)
+
+
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in a checkpoint file. NotWhole when it is damaged, UserError when it is another program's."""
+    """The state in a checkpoint file.
+
+    NotWhole when it is damaged; UserError when it is another program's, or cannot be read at present.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
@@ -103,14 +122,16 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # torch's word on files that are not its own
             state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # torch's message says how to load it all the same
-        raise NotWhole(f"{path} holds more than tensors and plain values, which might run code: not read") from None
+        raise NotWhole(path, "holds more than tensors and plain values, which might run code: not read") from None
+    except (OSError, MemoryError) as error:  # no permission, too many open files: the file may well be whole
+        raise UserError(f"{path} cannot be read: {error or 'there is not enough memory'}") from None
     except Exception as error:  # the readers fail in many ways, IndexError and struct.error among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotWhole(f"{path} is not a whole checkpoint ({reason})") from None
+        raise NotWhole(path, f"is not a whole checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") not in READABLE:
         raise UserError(f"{path} is not a checkpoint of this program (formats {READABLE[0]} and {FORMAT})")
     if name := not_finite(state):
-        raise NotWhole(f"{path} holds NaN or infinity in {name}")
+        raise NotWhole(path, f"holds NaN or infinity in {name}")
     agent = state.get("agent")
     if isinstance(agent, dict) and "curiosity" in agent:  # its name in format 2
         agent["rnd"] = agent.pop("curiosity")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -22,7 +23,7 @@ from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig, bounded
 from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
-from gravitar_dqn.logs import show_log, silence_stdout
+from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.run_dir import holds_other, load_run
 from gravitar_dqn.serialization import check_bounds, differences, flatten, to_dict, validate
@@ -325,21 +326,31 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
     """Run a command and return its exit code; an error that the user can mend is one line on standard error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as with `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (open to the end)
     show_log()
+    code, error = 0, None
     try:
-        try:
-            return command(argv, prog) or 0
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`: end as other programs do
-        silence_stdout()
+        code = command(argv, prog) or 0
+    except SystemExit as stop:  # after --help
+        code = int(stop.code or 0)
+    except (UserError, OSError, KeyboardInterrupt) as raised:
+        error = raised
+    try:
+        sys.stdout.flush()
+    except OSError as unwritten:
+        forget_unwritten()
+        error = error or unwritten
+    if error is None:
+        return code
+    if isinstance(error, BrokenPipeError) and nobody_reads_stdout():  # as behind `| head`: end as other programs do
         return 128 + signal.SIGPIPE
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, UserError) else 2
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, UserError) else 2
 
 
 def main() -> None:

@@ -224,7 +224,7 @@ class RunConfig:
     """The run ends after this many minutes of training, those before a resume included; 0: no such limit. (free)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. (free)"""
-    threads: int = bounded(0)
+    threads: int = bounded(0, high=1_024)
     """Processor threads of the networks' arithmetic; 0: as many as torch takes, one for each core. (free)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto takes bf16 where the device computes it natively. (free)"""

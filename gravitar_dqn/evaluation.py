@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.sweep_plan import LAST_PART
 from gravitar_dqn.trained import Trained, from_run
+
+log = logging.getLogger(__name__)
 
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
 
@@ -193,25 +196,25 @@ def table(result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- how stable a policy is
 
 
-def late_checkpoints(run_dir: Path, count: int) -> list[Path]:
+def late_checkpoints(run_dir: Path, count: int) -> dict[Path, float]:
     """`count` checkpoints evenly spaced over the last sixth of the training time, oldest first; fewer where they lack.
+
+    Each with its seconds of training.
 
     The newest is not among them: that is the one which `evaluate` plays.
     """
-    newest = (checkpoint.folder(run_dir) / "latest").resolve()
-    paths = [path for path in newest.parent.glob("step_*.pt") if path != newest]
-    seconds = {path: _wall_seconds(path) for path in paths}
-    end = _wall_seconds(newest)
+    damaged: list[checkpoint.NotWhole] = []
+    seconds = {path: float(state["tracker"]["wall_seconds"]) for path, state in checkpoint.whole(run_dir, damaged)}
+    for error in damaged:
+        log.warning("%s: left out", error)
+    newest, *paths = seconds
+    end = seconds[newest]
     spacing = end * LAST_PART / count
-    chosen: dict[Path, None] = {}
+    chosen: dict[Path, float] = {}
     for target in (end - i * spacing for i in range(count, 0, -1)):
         near = [path for path in paths if abs(seconds[path] - target) <= spacing / 2]
-        chosen |= dict.fromkeys(sorted(near, key=lambda path: abs(seconds[path] - target))[:1])
-    return list(chosen)
-
-
-def _wall_seconds(path: Path) -> float:
-    return float(checkpoint.read(path)["tracker"]["wall_seconds"])
+        chosen |= {path: seconds[path] for path in sorted(near, key=lambda path: abs(seconds[path] - target))[:1]}
+    return chosen
 
 
 def evaluate_snapshots(run_dir: Path, count: int, **how: Any) -> dict[str, Any]:
@@ -222,10 +225,10 @@ def evaluate_snapshots(run_dir: Path, count: int, **how: Any) -> dict[str, Any]:
     """
     result: dict[str, Any] = {name: how[name] for name in ("episodes", "epsilon")}
     result |= {"minutes": [], "global_step": [], "mean": []}
-    for path in late_checkpoints(run_dir, count):
+    for path, seconds in late_checkpoints(run_dir, count).items():
         trained = from_run(run_dir, path)
         result["mean"].append(evaluate(trained, **how)["mean"])
-        result["minutes"].append(round(_wall_seconds(path) / 60, 3))
+        result["minutes"].append(round(seconds / 60, 3))
         result["global_step"].append(trained.global_step)
     write_json(run_dir / "snapshots.json", result)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import sys
 
 from tqdm import tqdm
@@ -20,11 +21,24 @@ class TerminalHandler(logging.Handler):
             tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
 
 
-def silence_stdout() -> None:
-    """Lose what is printed from now on, and what waits: nobody reads it, and Python would complain when it ends."""
+def nobody_reads_stdout() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    with contextlib.suppress(OSError, ValueError):  # as below
+        waiting = select.poll()
+        waiting.register(sys.stdout.fileno(), 0)
+        return bool(waiting.poll(0))
+    return False
+
+
+def forget_unwritten() -> None:
+    """Forget what standard output could not take: Python would try again when it ends, and complain."""
     with contextlib.suppress(OSError, ValueError):  # a standard output that is no file, or closed
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        descriptor = sys.stdout.fileno()
+        there, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        sys.stdout.flush()
+        os.dup2(there, descriptor)
+        os.close(there)
         os.close(nowhere)
 
 

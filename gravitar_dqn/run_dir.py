@@ -19,12 +19,16 @@ from gravitar_dqn.serialization import flatten, to_dict
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder, which is made; UserError while another process does. It ends with its process."""
+def lock(run_dir: Path) -> Iterator[bool]:
+    """Hold the run's folder, which is made where there is none; yields whether it was.
+
+    UserError while another process holds it. It ends with its process.
+    """
     from filelock import FileLock, Timeout  # --help goes without it
 
     held = FileLock(run_dir / "lock", timeout=0)
     try:
+        made = not run_dir.exists()
         run_dir.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
@@ -32,7 +36,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_be_written(run_dir, error) from None
     try:
-        yield
+        yield made
     finally:
         held.release()
 
@@ -65,14 +69,15 @@ def holds_other(folder: Path, ours: str) -> bool:
 
 
 @contextlib.contextmanager
-def removed_after_errors(run_dir: Path) -> Iterator[None]:
-    """After an error inside, what appeared in the folder is removed, and the folder too where nothing else is in it."""
+def removed_after_errors(run_dir: Path, made: bool) -> Iterator[None]:
+    """After an error inside, what appeared in the folder is removed, and the folder too where the run has `made` it."""
     before = {path for path in run_dir.iterdir() if path.name != "lock"}
     try:
         yield
     except BaseException:
-        for path in {*run_dir.iterdir()} - before if before else [run_dir]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in [run_dir] if made else {*run_dir.iterdir()} - before:
+            with contextlib.suppress(OSError):  # the error that led here says more
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 

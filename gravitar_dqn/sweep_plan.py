@@ -66,7 +66,7 @@ class SweepConfig:
     def own(self) -> dict[str, str]:
         """Settings that the sweep sets itself, and how it is told to."""
         snapshots = {"checkpoint_minutes": "--snapshots sets it", "keep_checkpoints": "--snapshots sets it"}
-        return OWN | (snapshots if self.snapshots else {})
+        return OWN | {"threads": "--parallel sets it"} | (snapshots if self.snapshots else {})
 
     @property
     def fixed(self) -> dict[str, Any]:

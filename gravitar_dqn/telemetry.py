@@ -5,7 +5,6 @@ Standard output carries only the console lines, whose forms other programs parse
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import logging
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import NotFinite, NotSaved
 from gravitar_dqn.files import written_whole
-from gravitar_dqn.logs import silence_stdout
+from gravitar_dqn.logs import forget_unwritten
 from gravitar_dqn.loop import Agent, Episode
 
 METRICS = (
@@ -95,11 +94,10 @@ class CsvLog:
         self._pending.clear()
         self._warned = False
 
-    def close(self) -> None:
-        """Write what waits; NotSaved when that cannot be done."""
-        self.flush()
-        if self._pending:
-            raise NotSaved(f"{self.path} could not be written: its last {len(self._pending)} rows are lost")
+    @property
+    def waiting(self) -> int:
+        """Rows that could not be written so far."""
+        return len(self._pending)
 
 
 class Tracker:
@@ -137,9 +135,19 @@ class Tracker:
             self._returns.append(episode.episodic_return)
             self._episodes.add([episode.global_step, f"{episode.episodic_return:g}", episode.episodic_length])
         if time.monotonic() - self._last >= self._config.log_seconds:
-            self._tick()
+            self._report()
 
-    def _tick(self) -> None:
+    def finish(self) -> None:
+        """Write the last row; NotFinite when a number in it is NaN or infinite."""
+        if self._agent.global_step > self._last_step:
+            self._report()
+
+    def _report(self) -> None:
+        for name, value in self._tick().items():
+            if value is not None and not math.isfinite(value):
+                raise NotFinite(f"{name} is {value}")
+
+    def _tick(self) -> dict[str, float | None]:
         now, agent = time.monotonic(), self._agent
         seconds = max(now - self._last, 1e-9)
         steps, updates = agent.global_step - self._last_step, agent.num_updates - self._last_updates
@@ -164,9 +172,7 @@ class Tracker:
         if self._returns:
             self._bar.set_postfix_str(f"games {agent.episodes}, mean score {row['return_mean']:.0f}", refresh=False)
         self._last, self._last_step, self._last_updates = now, agent.global_step, agent.num_updates
-        for name, value in row.items():
-            if value is not None and not math.isfinite(value):
-                raise NotFinite(f"{name} is {value}")
+        return row
 
     def _scores(self) -> dict[str, float]:
         """Of the last 100 games; nothing before the first has ended."""
@@ -180,14 +186,23 @@ class Tracker:
         self._metrics.flush()
         return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
 
-    def close(self) -> None:
-        """Write the last row; NotSaved when rows are left that cannot be written."""
-        with contextlib.ExitStack() as closing:
-            closing.callback(self._bar.close)
-            closing.callback(self._episodes.close)
-            closing.callback(self._metrics.close)
-            if self._agent.global_step > self._last_step:
-                self._tick()
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Write what waits, and a last row; NotSaved when that cannot be done, a warning after another error."""
+        self._bar.close()
+        if self._agent.global_step > self._last_step:
+            self._tick()
+        complaints = []
+        for file in (self._metrics, self._episodes):
+            file.flush()
+            if file.waiting:
+                complaints.append(f"{file.path} could not be written: its last {file.waiting} rows are lost")
+        if complaints and kind is None:
+            raise NotSaved("; ".join(complaints))
+        for complaint in complaints:
+            log.warning(complaint)
 
 
 def _cell(value: float | None) -> str:
@@ -239,7 +254,7 @@ class Console:
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._silent = True
-            silence_stdout()
+            forget_unwritten()
             log.warning(
                 "standard output cannot be written (%s): no more console lines, training goes on", error.strerror
             )

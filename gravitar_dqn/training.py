@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -130,7 +130,12 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def follow(
-    config: RunConfig, run_dir: Path, agent: Agent, spec: EnvSpec, state: Mapping[str, Any], further: Sequence[Observer]
+    config: RunConfig,
+    run_dir: Path,
+    agent: Agent,
+    spec: EnvSpec,
+    state: Mapping[str, Any],
+    further: Callable[[], Iterable[Observer]],
 ) -> Iterator[tuple[Tracker, Checkpointer, list[Observer]]]:
     """Everything that follows a run, dashboard and films too, in the order of their calls; closed at the end."""
     with contextlib.ExitStack() as closing:
@@ -144,6 +149,7 @@ def follow(
                 frames_per_step=spec.frames_per_step,
             )
             tracker = Tracker(run_dir, config, agent, spec.frames_per_step, state.get("tracker"))
+            others = [*further()]
         except OSError as error:
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
@@ -154,9 +160,9 @@ def follow(
         console = Console(agent, state.get("console"))
         checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
         recorder = Recorder(config, video_dir, agent, console)
-        closing.callback(tracker.close)
+        closing.enter_context(tracker)
         closing.callback(recorder.close)
-        yield tracker, checkpointer, [console, tracker, recorder, checkpointer, *further]
+        yield tracker, checkpointer, [console, tracker, recorder, checkpointer, *others]
 
 
 def check_machine(config: RunConfig) -> torch.device:
@@ -190,7 +196,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     show_log()
     if config.dashboard not in ("auto", "off"):
         check_address(config.dashboard)
-    state = checkpoint.load(run_dir) if resume else {}
+    state = checkpoint.load(run_dir, set_aside=True) if resume else {}
     envs, agent = build(config)
     if resume:
         restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
@@ -210,7 +216,7 @@ def run(
     state: Mapping[str, Any],
     *,
     show_times: bool = False,
-    further: Sequence[Observer] = (),
+    further: Callable[[], Iterable[Observer]] = tuple,
     how_to_resume: str = "",
     stop: Stop | None = None,
 ) -> int:
@@ -223,7 +229,7 @@ def run(
         agent: who plays.
         state: the checkpoint that it was restored from; empty for a new run.
         show_times: print at the end where the time went.
-        further: observers beside the usual ones.
+        further: makes observers beside the usual ones, once the folder is this run's.
         how_to_resume: what goes on with the run; by default the command that started it, with --resume.
         stop: what signals set, for observers that take long.
 
@@ -233,11 +239,11 @@ def run(
         NotSaved: the run ended, but could not be saved; the last checkpoint stays.
     """
     farewell: list[str] = []
-    with lock(run_dir), stop or Stop() as stop, contextlib.ExitStack() as closing:
+    with lock(run_dir) as made, stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
-        with contextlib.nullcontext() if state else removed_after_errors(run_dir):
+        with contextlib.nullcontext() if state else removed_after_errors(run_dir, made):
             tracker, checkpointer, observers = closing.enter_context(following)
             if not state:
                 checkpointer.save_first()
@@ -252,6 +258,7 @@ def run(
                     break
             if stop.requested:
                 log.info("stopping: the run is being saved")
+            tracker.finish()
             checkpointer.save_last()
         except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
@@ -268,9 +275,9 @@ def run(
 def broken_off(error: Exception, agent: Agent, stays: str) -> UserError:
     """What a run that cannot go on ends with: what happened, when, what is left and what would do."""
     if isinstance(error, NotFinite):
-        hint = "a new run with a lower --agent.learning-rate may do better"
+        hint = "a new run with a lower learning rate may do better"
         return NotFinite(f"{error} at step {agent.global_step}: stopped; {stays}; {hint}")
-    hint = "smaller --agent.batch-size, --agent.buffer-size or --env.num-envs need less"
+    hint = "smaller batches, a smaller replay buffer or fewer games need less"
     return UserError(f"there is not enough memory at step {agent.global_step}: {hint}; {stays}")
 
 

@@ -256,6 +256,23 @@ def test_a_stage_that_fails_is_noted_and_the_others_follow(processes: Processes)
     assert run() == 1, "and it stays so"
 
 
+@pytest.mark.parametrize("code", [3, 4])
+def test_a_run_that_is_interrupted_and_ends_badly_has_failed(
+    code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It met NaN, or could not save: that is no piece of the training."""
+    monkeypatch.setattr(FakeProcess, "send_signal", lambda self, number: setattr(self, "returncode", code))
+    start = processes.start
+
+    def endless(command: Sequence[str], log: Path, *, dies_with_us: bool) -> FakeProcess:
+        process = start(command, log, dies_with_us=dies_with_us)
+        return process if log.stem != "train" else FakeProcess(processes.clock, processes.clock.now + 500, 0)
+
+    monkeypatch.setattr(campaign.processes, "start", endless)
+    run()
+    assert outcomes()["train"] == "failed"
+
+
 def test_a_run_that_cannot_be_trained_leaves_a_table(processes: Processes) -> None:
     processes.fails = lambda name: "error: a replay buffer of 9 does not fit" if name == "train" else ""
     assert finish(processes)[1] == 1

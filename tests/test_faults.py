@@ -4,15 +4,19 @@
 """
 
 import contextlib
+import errno
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable
 from itertools import cycle, product
 from pathlib import Path
@@ -39,6 +43,7 @@ from gravitar_dqn import (
 )
 from gravitar_dqn.agents.base import BaseAgent
 from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.errors import NotFinite, UserError
 from gravitar_dqn.serialization import flatten, to_dict
 
 pytestmark = pytest.mark.faults
@@ -47,9 +52,9 @@ OFTEN = ["--checkpoint-minutes", 0.0005, "--log-seconds", 0.02]
 EVERY_STEP = ["--log-seconds", 0]
 
 
-def evaluate(run_dir: Path) -> int:
+def evaluate(run_dir: Path, *more: object) -> int:
     """`evaluate.py` for two games, in this process."""
-    words = [str(run_dir), "--episodes", "2", "--device", "cpu"]
+    words = [str(run_dir), "--episodes", "2", "--device", "cpu", *map(str, more)]
     return cli.run(cli.evaluate_command, words, "evaluate.py")
 
 
@@ -69,8 +74,8 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     run_dir = tmp_path / "run"
     assert train(*preset, *EVERY_STEP, "--agent.learning-rate", 1e30, "--run-dir", run_dir) == 3
     told = re.fullmatch(
-        r"error: (\w+) is (nan|-?inf) at step \d+: stopped; .*/run stays as of step 0; .*--agent.learning-rate may do "
-        "better",
+        r"error: (\w+) is (nan|-?inf) at step \d+: stopped; .*/run stays as of step 0; "
+        "a new run with a lower learning rate may do better",
         last_line(capsys),
     )
     assert told
@@ -146,21 +151,76 @@ def test_weights_with_nan_of_an_older_version_do_not_play(tmp_path: Path, capsys
 # ---------------------------------------------------------------- disks that are full
 
 
+def small_trainer(home: Path, validated_on: type[probes.Both], **settings: Any) -> RANDALTrainer:
+    """Of a probe, with a validation every 50 steps."""
+    agent = RANDAL(MLP, PredictorMLP, (1,), 2, PPOConfig(device="cpu"), pixel_control=False)
+    config = RANDALTrainerConfig(
+        total_steps=10**6,
+        nsteps=8,
+        num_minibatches=2,
+        init_obs_steps=10,
+        replay_length=100,
+        validate_freq=50,
+        num_val_episodes=1,
+        log_dir=str(home),
+        log_scalars=False,
+        **settings,
+    )
+    return RANDALTrainer(probes.vector_of(probes.Both, 4), agent, probes.vector_of(validated_on, 1), config)
+
+
 def limited(size: int) -> Callable[[], None]:
     """For a process that is started: no file of its may grow beyond `size` bytes."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def start_training(*words: object, file_size: int = -1) -> subprocess.Popen[str]:
+class Training:
     """train.py as a process whose files may not grow beyond `file_size` bytes, as on a full disk."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, words)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=limited(file_size) if file_size >= 0 else None,
-    )
+
+    def __init__(self, *words: object, file_size: int = resource.RLIM_INFINITY) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, words)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            preexec_fn=limited(file_size),
+        )
+        self.lines: list[str] = []  # of standard error, so far
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            self.lines.append(line.rstrip("\n"))
+
+    def fill_disk(self, size: int) -> None:
+        """Let no file grow beyond `size` bytes from now on."""
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        """Until `true()`; an error when the process ended before."""
+        deadline = time.monotonic() + 60
+        while not true():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.lines
+            time.sleep(0.001)
+
+    def told(self, words: str) -> int:
+        """How many lines had these words."""
+        return sum(words in line for line in self.lines)
+
+    def end(self) -> int:
+        """Wait for the end; the exit code."""
+        code = self.process.wait(60)
+        self._reader.join(60)
+        return code
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.end()
 
 
 @pytest.mark.parametrize(
@@ -169,28 +229,72 @@ def start_training(*words: object, file_size: int = -1) -> subprocess.Popen[str]
 def test_a_run_that_cannot_save_at_its_start_stops_and_leaves_the_name_free(size: int, tmp_path: Path) -> None:
     injected("disk full at the start")
     run_dir = tmp_path / "run"
-    process = start_training(*CARTPOLE, *FOR_EVER, "--run-dir", run_dir, file_size=size)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    assert err.splitlines()[-1].startswith(f"error: the run's folder {run_dir} cannot be written: ")
-    assert "Traceback" not in err
+    with Training(*CARTPOLE, *FOR_EVER, "--run-dir", run_dir, file_size=size) as training:
+        assert training.end() == 2, training.lines
+    assert training.lines[-1].startswith(f"error: the run's folder {run_dir} cannot be written: ")
+    assert not training.told("Traceback")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", ["empty", "linked", "nothing"])
+def test_a_folder_that_a_user_has_made_stays(
+    kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("disk full at the start")
+
+    def full(*words: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run_dir = tmp_path / "run"
+    if kept == "linked":
+        (tmp_path / "elsewhere").mkdir()
+        run_dir.symlink_to(tmp_path / "elsewhere")
+    elif kept == "empty":
+        run_dir.mkdir()
+    before = {*tmp_path.rglob("*")}
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", run_dir) == 2
+    assert last_line(capsys) == f"error: the run's folder {run_dir} cannot be written: No space left on device"
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_a_trainer_that_cannot_save_at_its_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("disk full at the start")
+
+    def full(*words: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device$"):
+        small_trainer(tmp_path, probes.Both).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trainer_copies_no_weights_with_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    injected("NaN in the policy")
+    trainer = small_trainer(tmp_path, probes.Both, save_freq=50, model_dir=str(tmp_path / "models"))
+    with torch.no_grad():
+        next(trainer.agent.networks.policy.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(NotFinite, match="NaN or infinity"):
+        trainer.train()
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_disk_that_fills_up_is_told_at_every_try_and_at_the_end(tmp_path: Path) -> None:
     injected("disk full later")
     run_dir = tmp_path / "run"
-    process = start_training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)
-    wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
-    for _ in range(5):
-        assert process.stderr is not None
-        wait_until(lambda: "checkpoint not written" in process.stderr.readline(), process)  # type: ignore[union-attr]
-    before = saved_step(run_dir)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 4, err
-    assert re.search(rf"error: step \d+ could not be saved, .*/run stays as of step {before}: ", err)
+    with Training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir) as training:
+        training.wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1)
+        training.fill_disk(1_000)
+        training.wait_until(lambda: training.told("checkpoint not written") >= 5)
+        training.wait_until(lambda: training.told("csv cannot be written") >= 1)
+        before = saved_step(run_dir)
+        training.process.send_signal(signal.SIGINT)
+        assert training.end() == 4, training.lines
+    assert re.match(rf"error: step \d+ could not be saved, .*/run stays as of step {before}: ", training.lines[-1])
+    assert training.told("rows are lost"), "what else was lost is not hidden by that"
     assert saved_step(run_dir) == before
 
     assert train("--resume", run_dir, "--total-steps", before + 100) == 0
@@ -200,15 +304,13 @@ def test_a_disk_that_fills_up_is_told_at_every_try_and_at_the_end(tmp_path: Path
 def test_a_disk_that_has_room_again_ends_well(tmp_path: Path) -> None:
     injected("disk full for a while")
     run_dir = tmp_path / "run"
-    process = start_training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)
-    wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1, process)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
-    assert process.stderr is not None
-    wait_until(lambda: "checkpoint not written" in process.stderr.readline(), process)  # type: ignore[union-attr]
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    with Training(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir) as training:
+        training.wait_until(lambda: len(list(checkpoint.folder(run_dir).glob("step_*.pt"))) > 1)
+        training.fill_disk(1_000)
+        training.wait_until(lambda: training.told("checkpoint not written") >= 1)
+        training.fill_disk(resource.RLIM_INFINITY)
+        training.process.send_signal(signal.SIGINT)
+        assert training.end() == 130, training.lines
     games = check_episodes(run_dir, [0])
     assert len(games) == checkpoint.load(run_dir)["agent"]["clocks"]["episodes"], "rows that waited are written"
 
@@ -255,6 +357,43 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
     err = capsys.readouterr().err
     assert f"warning: {newest} is not a whole checkpoint (" in err
     assert "; step_000000000000.pt is used instead" in err
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on(run_dir: Path) -> None:
+    """It neither counts among those that are kept nor is lost."""
+    injected("checkpoint cut short")
+    newest = checkpoint.folder(run_dir) / "step_000000000060.pt"
+    newest.write_bytes(cut := newest.read_bytes()[:-100])
+    assert train("--resume", run_dir, "--total-steps", 90) == 0
+    assert newest.with_name("step_000000000060.pt.damaged").read_bytes() == cut
+    steps = [path.name for path in sorted(checkpoint.folder(run_dir).glob("step_*.pt"))]
+    assert steps == ["step_000000000000.pt", "step_000000000090.pt"]
+
+
+def test_a_checkpoint_that_cannot_be_read_at_present_stops_the_resume(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one is no stand-in for a file that may well be whole."""
+    injected("a checkpoint that cannot be opened")
+    before = {path: path.read_bytes() for path in checkpoint.folder(run_dir).iterdir()}
+
+    def refuse(*words: Any, **options: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    told = refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
+    assert "step_000000000060.pt cannot be read: [Errno 24] Too many open files" in told
+    assert {path: path.read_bytes() for path in checkpoint.folder(run_dir).iterdir()} == before
+
+
+def test_snapshots_leave_a_damaged_checkpoint_out(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    injected("checkpoint cut short")
+    newest = checkpoint.folder(run_dir) / "step_000000000060.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert evaluate(run_dir, "--snapshots", 2) == 0
+    told = capsys.readouterr()
+    assert f"warning: {newest} is not a whole checkpoint" in told.err and ": left out" in told.err
+    assert "no snapshots" in told.out, "the only other one is the one that is played"
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -323,6 +462,27 @@ def test_training_that_nobody_reads_goes_on_to_its_end(tmp_path: Path) -> None:
     assert saved_step(tmp_path / "run") == 500
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_output_that_the_shell_has_closed_is_no_error(closed: str, tmp_path: Path) -> None:
+    injected("standard output or error closed")
+    words = ["train.py", *CARTPOLE, "--total-steps", "500", "--run-dir", str(tmp_path / "run")]
+    command = f"{shlex.join([sys.executable, str(ROOT / 'scripts' / words[0]), *words[1:]])} {closed}>&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert saved_step(tmp_path / "run") == 500
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A web server that hangs up, say: standard output is as it was."""
+    injected("a broken pipe that is not standard output's")
+
+    def broken(argv: Any, prog: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert "Broken pipe" in refusal(capsys, cli.run(broken, [], "x.py"))
+
+
 # ---------------------------------------------------------------- signals and kills
 
 
@@ -341,20 +501,7 @@ def test_the_first_signal_ends_a_validation_too(tmp_path: Path, monkeypatch: pyt
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().step(action)
 
-    ppo = PPOConfig(device="cpu")
-    agent = RANDAL(MLP, PredictorMLP, (1,), 2, ppo, pixel_control=False)
-    config = RANDALTrainerConfig(
-        total_steps=10**6,
-        nsteps=8,
-        num_minibatches=2,
-        init_obs_steps=10,
-        replay_length=100,
-        validate_freq=50,
-        num_val_episodes=1,
-        log_dir=str(tmp_path),
-        log_scalars=False,
-    )
-    trainer = RANDALTrainer(probes.vector_of(probes.Both, 4), agent, probes.vector_of(Slow, 1), config)
+    trainer = small_trainer(tmp_path, Slow)
     trainer.train()
     assert 2 <= len(played) < 20
     assert saved_step(trainer.run_dir) >= 50
@@ -432,8 +579,8 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(DQNAgent, "update", full)
     assert train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run") == 2
     assert last_line(capsys) == (
-        "error: there is not enough memory at step 100: smaller --agent.batch-size, --agent.buffer-size or "
-        f"--env.num-envs need less; {tmp_path / 'run'} stays as of step 0"
+        "error: there is not enough memory at step 100: smaller batches, a smaller replay buffer or fewer games need "
+        f"less; {tmp_path / 'run'} stays as of step 0"
     )
     assert saved_step(tmp_path / "run") == 0
 

@@ -47,8 +47,8 @@ def wait_until(true: Any, process: Any, seconds: float = 60.0) -> None:
 
 
 def saved_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, which is read whole."""
-    step = checkpoint.load(run_dir)["agent"]["clocks"]["global_step"]
+    """The step of the newest checkpoint, which must be whole."""
+    step = checkpoint.read(checkpoint.folder(run_dir) / "latest")["agent"]["clocks"]["global_step"]
     assert isinstance(step, int)
     return step
 

@@ -212,7 +212,8 @@ def make_tracker(
 
 class TestTracker:
     def test_columns_that_others_rely_on_come_first(self, tmp_path: Path) -> None:
-        make_tracker(tmp_path, Agent()).close()
+        with make_tracker(tmp_path, Agent()):
+            pass
         assert (
             (tmp_path / "metrics.csv")
             .read_text()
@@ -274,11 +275,11 @@ class TestTracker:
     def test_what_is_not_finite_is_written_and_ends_the_run(self, tmp_path: Path, bad: float) -> None:
         agent = Agent()
         agent.metrics = lambda: {"td_loss": bad, "entropy": 0.75}  # type: ignore[method-assign]
-        tracker = make_tracker(tmp_path, agent)
-        agent.global_step = 8
-        with pytest.raises(NotFinite, match=f"^td_loss is {bad}$"):
-            tracker.step([])
-        tracker.close()
+        with make_tracker(tmp_path, agent) as tracker:
+            agent.global_step = 8
+            with pytest.raises(NotFinite, match=f"^td_loss is {bad}$"):
+                tracker.step([])
+            tracker.finish()
         (row,) = rows(tmp_path / "metrics.csv")
         assert repr(row["td_loss"]) == repr(bad)
 
@@ -288,12 +289,39 @@ class TestTracker:
     ) -> None:
         injected("disk full during CSV")
         agent = Agent()
-        tracker = make_tracker(tmp_path, agent, log_seconds=100)
-        agent.global_step = 8
+        told = pytest.raises(NotSaved, match=r"episodes.csv could not be written: its last 2 rows are lost$")
+        with told, make_tracker(tmp_path, agent, log_seconds=100) as tracker:
+            agent.global_step = 8
+            tracker.step([game(0), game(1)])
+            monkeypatch.setattr(os, "write", lambda descriptor, data: 0)
+
+    @pytest.mark.faults
+    def test_rows_that_are_lost_do_not_hide_what_ended_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        injected("disk full during CSV")
+        tracker = make_tracker(tmp_path, Agent(), log_seconds=100)
         tracker.step([game(0), game(1)])
         monkeypatch.setattr(os, "write", lambda descriptor, data: 0)
-        with pytest.raises(NotSaved, match=r"episodes.csv could not be written: its last 2 rows are lost$"):
-            tracker.close()
+        tracker.__exit__(NotFinite)
+        assert caplog.messages[-1].endswith("episodes.csv could not be written: its last 2 rows are lost")
+
+    def test_the_last_row_is_judged_before_the_run_is_saved(self, tmp_path: Path) -> None:
+        agent = Agent()
+        agent.metrics = lambda: {"td_loss": math.nan}  # type: ignore[method-assign]
+        with make_tracker(tmp_path, agent, log_seconds=100) as tracker:
+            agent.global_step = 8
+            with pytest.raises(NotFinite, match=r"^td_loss is nan$"):
+                tracker.finish()
+        assert len(rows(tmp_path / "metrics.csv")) == 1
+
+    def test_a_row_after_another_error_is_written_and_not_judged(self, tmp_path: Path) -> None:
+        agent = Agent()
+        agent.metrics = lambda: {"td_loss": math.nan}  # type: ignore[method-assign]
+        tracker = make_tracker(tmp_path, agent, log_seconds=100)
+        agent.global_step = 8
+        tracker.__exit__(RuntimeError)
+        assert len(rows(tmp_path / "metrics.csv")) == 1
 
     def test_before_the_first_game_there_is_no_score(self, tmp_path: Path) -> None:
         agent = Agent()
@@ -312,11 +340,10 @@ class TestTracker:
 
     def test_rows_wait_for_their_time_and_the_end_writes_the_last(self, tmp_path: Path) -> None:
         agent = Agent()
-        tracker = make_tracker(tmp_path, agent, log_seconds=1e6)
-        agent.global_step = 5
-        tracker.step([game(0, 10.0, step=5)])
-        assert rows(tmp_path / "metrics.csv") == []
-        tracker.close()
+        with make_tracker(tmp_path, agent, log_seconds=1e6) as tracker:
+            agent.global_step = 5
+            tracker.step([game(0, 10.0, step=5)])
+            assert rows(tmp_path / "metrics.csv") == []
         assert [row["global_step"] for row in rows(tmp_path / "metrics.csv")] == [5]
         assert [row["global_step"] for row in rows(tmp_path / "episodes.csv")] == [5]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.agents.randal import RANDAL
 from gravitar_dqn.config import PPORNDSettings, PPORunConfig, bounded
 from gravitar_dqn.envs import config_of, spec_of
-from gravitar_dqn.errors import SettingError, UserError
+from gravitar_dqn.errors import NotFinite, SettingError, UserError
 from gravitar_dqn.evaluation import Policy, play_games
 from gravitar_dqn.execution import keep_freed_memory
 from gravitar_dqn.files import written_whole
@@ -143,13 +144,16 @@ class Saver:
         self._every, self._agent, self._home = Every(period, agent.global_step), agent, home
 
     def step(self, episodes: list[Episode]) -> None:
-        """Save when it is time; a full disk costs a line, not the run."""
+        """Save when it is time, but never NaN (NotFinite); a full disk costs a line, not the run."""
         if self._every.due(self._agent.global_step):
+            weights = self._agent.policy_state()
+            if name := checkpoint.not_finite(weights):
+                raise NotFinite(f"{name} holds NaN or infinity")
             path = self._home / f"step_{self._agent.global_step:012d}.pt"
             try:
                 self._home.mkdir(parents=True, exist_ok=True)
                 with written_whole(path) as temporary:
-                    torch.save(self._agent.policy_state(), temporary)
+                    torch.save(weights, temporary)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 log.warning("%s not written: %s", path, error)
 
@@ -193,7 +197,7 @@ class RANDALTrainer:
             if changed := differences(load_run(self.run_dir, to_train=True), run):
                 text = [f"{PUBLISHED.get(name, name)}: {old} -> {new}" for name, (old, new) in changed.items()]
                 raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(text)}")
-            state = checkpoint.load(self.run_dir)
+            state = checkpoint.load(self.run_dir, set_aside=True)
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
@@ -202,17 +206,16 @@ class RANDALTrainer:
         agent.tasks.pixel_range = self.agent.pixel_range
         if state:
             training.restore(agent, state.pop("agent"), self.run_dir)
-        further: list[Observer] = []
         stop = Stop()
-        if config.save_freq:
-            further.append(Saver(config.save_freq, agent, Path(config.model_dir) / self.run_dir.name))
-        with contextlib.ExitStack() as closing:
-            if self.val_envs is not None:
-                closing.callback(self.val_envs.close)
-                if config.validate_freq:
-                    self.run_dir.mkdir(parents=True, exist_ok=True)
-                    further.append(Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv", stop))
-            how = f"RANDALTrainer(...).train(resume={str(self.run_dir)!r})"
+
+        def further() -> Iterator[Observer]:
+            if config.save_freq:
+                yield Saver(config.save_freq, agent, Path(config.model_dir) / self.run_dir.name)
+            if config.validate_freq and self.val_envs is not None:
+                yield Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv", stop)
+
+        how = f"RANDALTrainer(...).train(resume={str(self.run_dir)!r})"
+        with contextlib.nullcontext() if self.val_envs is None else contextlib.closing(self.val_envs):
             training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how, stop=stop)
 
 
