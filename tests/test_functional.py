@@ -79,6 +79,12 @@ def test_a_tasks_gradient_is_clipped_alone_and_weighed() -> None:
     assert a.grad is None and b.grad is None
 
 
+def test_pixels_of_one_brightness_are_scaled_to_zero() -> None:
+    """As on a screen that has been black so far."""
+    frames = torch.full((2, 3), 7, dtype=torch.uint8)
+    assert torch.equal(functional.scale_between(frames, torch.tensor([7.0, 7.0])), torch.zeros(2, 3))
+
+
 def test_importance_weights() -> None:
     weights = functional.importance_weights(torch.tensor([0.1, 0.4]).double(), 0.5)
     # 0.1^-0.5 = 3.1623 is the largest; 0.4^-0.5 = 1.5811

@@ -124,6 +124,14 @@ def test_the_loss_comes_with_the_fresh_bonus_of_its_rows() -> None:
     torch.testing.assert_close(loss, rnd.bonus(obs).mean())
 
 
+def test_statistics_go_on_counting_after_16_million() -> None:
+    """2^24 + 1 is the first whole number that float32 does not have."""
+    seen = RunningMeanStd()
+    seen.count.fill_(2**24)
+    seen.update(torch.ones(1))
+    assert seen.count == 2**24 + 1
+
+
 def test_statistics_are_exact_under_autocast() -> None:
     frames = torch.randint(0, 256, (64, 1, 84, 84), dtype=torch.uint8)
     frames[:, 0, 0, 0] = 3
