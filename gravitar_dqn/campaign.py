@@ -250,7 +250,7 @@ class Campaign:
             self._note("train", DONE if self._has_checkpoint() else FAILED, 0.0, self._how_far())
 
     def _weights(self) -> list[str]:
-        path = (self._options.dir / "weights" / self._options.preset).resolve()
+        path = self._options.dir / "weights" / f"{self._options.preset}.safetensors"
         return [sys.executable, "-m", "gravitar_dqn.trained", str(self._options.run_dir), str(path)]
 
     def _evaluation(self) -> list[str]:

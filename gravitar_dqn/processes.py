@@ -34,7 +34,7 @@ def package_command(words: Sequence[str]) -> list[str]:
 def start(
     command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a process; the command and what it prints are added to `log`.
+    """Start a process; the command, without the folders that lead to its program, and what it prints go into `log`.
 
     In a session of its own, a Ctrl-C on the terminal reaches the process only through this one, and so once.
 
@@ -46,7 +46,7 @@ def start(
             Not from a program with threads that start processes too.
     """
     with log.open("ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.write(f"$ {shlex.join([_program(command[0], Path(command[0]).name), *command[1:]])}\n".encode())
         file.flush()
         return subprocess.Popen(
             command,
@@ -71,9 +71,12 @@ def command_line(words: Sequence[str], command: str = "") -> str:
         start, command = [sys.executable, str(program)], ""
     else:
         start = [sys.executable, "-m", "gravitar_dqn"] if program.suffix == ".py" else [str(program)]
-    if Path(start[0]).is_relative_to(Path.cwd()):
-        start[0] = str(Path(start[0]).relative_to(Path.cwd()))
-    return shlex.join([*start, *filter(None, [command]), *words])
+    return shlex.join([_program(start[0], start[0]), *start[1:], *filter(None, [command]), *words])
+
+
+def _program(path: str, otherwise: str) -> str:
+    """A program's path from the present folder where it lies below that; else `otherwise`."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else otherwise
 
 
 def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:

@@ -223,7 +223,7 @@ def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
         **{name: round(result[name], 3) for name in ("mean", "std", "median", "iqm")},
         "iqm_low": round(result["iqm_ci95"][0], 3),
         "iqm_high": round(result["iqm_ci95"][1], 3),
-        "run_dir": str(job.run_dir),
+        "run_dir": job.run_dir.name,  # in the sweep's folder, wherever that is taken
         "snapshots": "|".join(f"{mean:.6g}" for mean in means),
     }
 

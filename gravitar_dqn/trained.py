@@ -1,7 +1,8 @@
 """Agents as they are after training: from a run's folder, or from the weights that ship with the package.
 
 Shipped weights are those of the network that acts, in float16; the settings of their run, the steps it played and
-what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NAME-OR-PATH` makes such a file of a run.
+what it was are in the file's header. `python -m gravitar_dqn.trained RUN_DIR NAME` makes such a file of
+a run; PATH.safetensors instead of NAME puts it elsewhere.
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ def write(trained: Trained, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`RUN_DIR NAME`: put a run's agent among those that ship."""
+    """`RUN_DIR NAME`: put a run's agent among those that ship; `RUN_DIR PATH.safetensors`: into a file."""
     if len(argv) != 2:
-        print("usage: python -m gravitar_dqn.trained RUN_DIR NAME", file=sys.stderr)
+        print("usage: python -m gravitar_dqn.trained RUN_DIR NAME|PATH.safetensors", file=sys.stderr)
         return 2
+    path = Path(argv[1]) if argv[1].endswith(".safetensors") else PRETRAINED / f"{argv[1]}.safetensors"
     try:
-        write(from_run(Path(argv[0])), path := PRETRAINED / f"{argv[1]}.safetensors")
+        write(from_run(Path(argv[0])), path)
         print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

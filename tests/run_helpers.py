@@ -27,13 +27,16 @@ def train(*words: object) -> int:
     return cli.run(cli.train_command, [str(word) for word in words], "train.py")
 
 
-def script(name: str, *words: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def script(
+    name: str, *words: object, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
     """A script of scripts/ in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / name), *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
     )
 
