@@ -22,7 +22,7 @@ import tyro
 
 from gravitar_dqn import files, processes, sweep_plan
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import NotFinite, NotSaved, UserError
 from gravitar_dqn.presets import get_preset
 from gravitar_dqn.run_dir import claimed
 from gravitar_dqn.serialization import flatten, to_dict
@@ -39,6 +39,7 @@ USUAL = {"tests": 180.0, "benchmark": 180.0, "weights": 10.0, "curves": 15.0}  #
 TRIES = 3  # calls that may begin a stage other than training
 DONE, FAILED, CUT_SHORT, SKIPPED, PIECE = "done", "failed", "cut short", "skipped", "a piece"
 BEGUN = "begun"
+BADLY = {1, UserError.exit_code, NotFinite.exit_code, NotSaved.exit_code}  # how no interrupted training ends
 # What the campaign sets itself. The rest of the run can be changed with --settings.
 OWN = sweep_plan.OWN | {
     "preset": "the preset comes first",
@@ -301,7 +302,7 @@ class Campaign:
         if process.returncode == 0:
             self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
         elif name == "train":
-            stopped = interrupted and process.returncode in (128 + signal.SIGINT, -signal.SIGKILL)
+            stopped = interrupted and process.returncode not in BADLY
             ended = PIECE if stopped else DONE if " is complete (" in line else FAILED
             self._note(name, ended, seconds, self._how_far() if ended != FAILED else line)
         elif not interrupted:
@@ -310,9 +311,16 @@ class Campaign:
             waits = self._stop.requested or (not fresh and until == self._end)
             self._note(name, PIECE if waits else CUT_SHORT, seconds, f"after {seconds:.0f} s")
         if name == "evaluation" and self.outcome(name) == DONE:
-            newest = (self._options.run_dir / "checkpoints" / "latest").resolve()
-            for path in {*newest.parent.glob("step_*.pt")} - {newest}:  # the others have served
-                path.unlink()
+            self._remove_snapshots()
+
+    def _remove_snapshots(self) -> None:
+        """They have served; what travels stays small. Not where the newest is damaged and another one was played."""
+        from gravitar_dqn import checkpoint
+
+        newest = (self._options.run_dir / "checkpoints" / "latest").resolve()
+        played, _ = next(checkpoint.whole(self._options.run_dir, []))
+        for path in {*newest.parent.glob("step_*.pt")} - {newest} if played.name == newest.name else ():
+            path.unlink()
 
     # ------------------------------------------------------------ results
 

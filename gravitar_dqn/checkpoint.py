@@ -6,11 +6,12 @@ the previous checkpoint whole. A file whose checksums do not fit its contents, a
 
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,26 @@ def mend(run_dir: Path) -> None:
         _point_to(paths[-1])
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu", *, set_aside: bool = False) -> dict[str, Any]:
+def load(run_dir: Path, device: torch.device | str = "cpu", *, damaged: list[NotWhole] | None = None) -> dict[str, Any]:
     """The state in the newest checkpoint that is whole, with a warning where a newer one is not.
 
-    `set_aside`, for a run that goes on: damaged files are renamed, so that none counts among those that are kept.
-    UserError when there is none, or when it is another program's.
+    What is wrong with those is added to `damaged`. UserError when there is none, or when it is another program's.
     """
-    damaged: list[NotWhole] = []
+    damaged = [] if damaged is None else damaged
     for path, state in whole(run_dir, damaged, device):
         if damaged:
             log.warning("%s; %s is used instead", damaged[0], path.name)
-        for error in damaged if set_aside else ():
-            error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
         return state
     if damaged:
         raise damaged[0]
     raise UserError(f"{run_dir} has no checkpoint yet: start the run again in another folder")
+
+
+def set_aside(run_dir: Path, damaged: Iterable[NotWhole]) -> None:
+    """Rename the damaged files of a run that goes on, so that none counts among those that are kept."""
+    for error in damaged:
+        error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
+    mend(run_dir)
 
 
 def whole(
@@ -123,8 +128,12 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # torch's message says how to load it all the same
         raise NotWhole(path, "holds more than tensors and plain values, which might run code: not read") from None
-    except (OSError, MemoryError) as error:  # no permission, too many open files: the file may well be whole
-        raise UserError(f"{path} cannot be read: {error or 'there is not enough memory'}") from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        # No permission, too many open files, too little memory: the file may well be whole, unless the disk fails.
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise NotWhole(path, f"cannot be read from the disk ({error.strerror})") from None
+        reason = str(error).splitlines()[0] if str(error) else "there is not enough memory"
+        raise UserError(f"{path} cannot be read: {reason}") from None
     except Exception as error:  # the readers fail in many ways, IndexError and struct.error among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotWhole(path, f"is not a whole checkpoint ({reason})") from None

@@ -340,17 +340,20 @@ def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> i
     try:
         sys.stdout.flush()
     except OSError as unwritten:
-        forget_unwritten()
+        forget_unwritten(sys.stdout)
         error = error or unwritten
-    if error is None:
-        return code
     if isinstance(error, BrokenPipeError) and nobody_reads_stdout():  # as behind `| head`: end as other programs do
         return 128 + signal.SIGPIPE
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code if isinstance(error, UserError) else 2
+    if error is not None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = 130 if interrupted else error.exit_code if isinstance(error, UserError) else 2
+    try:
+        if error is not None:
+            print("interrupted" if interrupted else f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:  # a log on a full disk: the exit code still tells
+        forget_unwritten(sys.stderr)
+    return code
 
 
 def main() -> None:

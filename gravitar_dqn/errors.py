@@ -18,6 +18,10 @@ class NotFinite(UserError):
     exit_code = 3
 
 
+class OutOfMemory(UserError):
+    """The device has less memory than was asked of it."""
+
+
 class NotSaved(UserError):
     """Training ended, but what it ended with could not be written."""
 

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import OutOfMemory, UserError
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +200,20 @@ class Upload:
         if self._sent is not None:
             self._sent.record()
         return here
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """OutOfMemory, one line, for what Python and torch raise when an allocation fails inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise OutOfMemory(
+            "there is not enough memory: smaller batches, a smaller replay buffer or fewer games need less"
+        ) from None
 
 
 def keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -30,13 +31,13 @@ def nobody_reads_stdout() -> bool:
     return False
 
 
-def forget_unwritten() -> None:
-    """Forget what standard output could not take: Python would try again when it ends, and complain."""
-    with contextlib.suppress(OSError, ValueError):  # a standard output that is no file, or closed
-        descriptor = sys.stdout.fileno()
+def forget_unwritten(stream: TextIO) -> None:
+    """Forget what standard output or error could not take: Python would try again when it ends, and complain."""
+    with contextlib.suppress(OSError, ValueError):  # a stream that is no file, or closed
+        descriptor = stream.fileno()
         there, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
-        sys.stdout.flush()
+        stream.flush()
         os.dup2(there, descriptor)
         os.close(there)
         os.close(nowhere)

@@ -19,16 +19,16 @@ from gravitar_dqn.serialization import flatten, to_dict
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[bool]:
-    """Hold the run's folder, which is made where there is none; yields whether it was.
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder, which is made where there is none; UserError while another process does.
 
-    UserError while another process holds it. It ends with its process.
+    It ends with its process. Where nothing came to be in the folder, that is left as it was found.
     """
     from filelock import FileLock, Timeout  # --help goes without it
 
     held = FileLock(run_dir / "lock", timeout=0)
+    made = not run_dir.exists()
     try:
-        made = not run_dir.exists()
         run_dir.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout:
@@ -36,8 +36,13 @@ def lock(run_dir: Path) -> Iterator[bool]:
     except OSError as error:
         raise cannot_be_written(run_dir, error) from None
     try:
-        yield made
+        yield
     finally:
+        with contextlib.suppress(OSError):
+            if [path.name for path in run_dir.iterdir()] == ["lock"]:
+                (run_dir / "lock").unlink()
+                if made:
+                    run_dir.rmdir()
         held.release()
 
 
@@ -69,13 +74,13 @@ def holds_other(folder: Path, ours: str) -> bool:
 
 
 @contextlib.contextmanager
-def removed_after_errors(run_dir: Path, made: bool) -> Iterator[None]:
-    """After an error inside, what appeared in the folder is removed, and the folder too where the run has `made` it."""
-    before = {path for path in run_dir.iterdir() if path.name != "lock"}
+def removed_after_errors(run_dir: Path) -> Iterator[None]:
+    """After an error inside, what appeared in the folder is removed."""
+    before = {*run_dir.iterdir()}
     try:
         yield
     except BaseException:
-        for path in [run_dir] if made else {*run_dir.iterdir()} - before:
+        for path in {*run_dir.iterdir()} - before:
             with contextlib.suppress(OSError):  # the error that led here says more
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise

@@ -181,9 +181,14 @@ class Tracker:
         return {f"return_{name}": float(getattr(scores, name)()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint. What was reported so far is written out first, so that the files and it agree."""
-        self._episodes.flush()
-        self._metrics.flush()
+        """For the checkpoint. What was reported so far is written out first, so that the files and it agree.
+
+        OSError while that cannot be done; a file that somebody has removed is no reason to lose the weights too.
+        """
+        for file in (self._metrics, self._episodes):
+            file.flush()
+            if file.waiting and file.path.exists():
+                raise OSError(f"checkpoint not written: {file.path} has no room for the rows before it")
         return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
 
     def __enter__(self) -> Tracker:
@@ -192,9 +197,12 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Write what waits, and a last row; NotSaved when that cannot be done, a warning after another error."""
         self._bar.close()
-        if self._agent.global_step > self._last_step:
-            self._tick()
         complaints = []
+        if self._agent.global_step > self._last_step:
+            try:
+                self._tick()
+            except Exception as error:  # as after the death of a device: that has ended the run, and is told
+                complaints.append(f"{self._metrics.path} has no last row ({error})")
         for file in (self._metrics, self._episodes):
             file.flush()
             if file.waiting:
@@ -254,7 +262,7 @@ class Console:
             sys.stdout.flush()
         except OSError as error:  # a full disk, or a reader that has gone
             self._silent = True
-            forget_unwritten()
+            forget_unwritten(sys.stdout)
             log.warning(
                 "standard output cannot be written (%s): no more console lines, training goes on", error.strerror
             )

@@ -19,13 +19,14 @@ from gravitar_dqn.config import RunConfig
 from gravitar_dqn.dashboard.thread import Dashboard, check_address
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
 from gravitar_dqn.envs import EnvSpec, find_game, make_envs, spec_of
-from gravitar_dqn.errors import NotFinite, NotSaved, UserError
+from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, UserError
 from gravitar_dqn.execution import (
     check_execution,
     choose_device,
     choose_execution,
     choose_precision,
     describe_device,
+    enough_memory,
     keep_freed_memory,
     use_threads,
 )
@@ -196,16 +197,20 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     show_log()
     if config.dashboard not in ("auto", "off"):
         check_address(config.dashboard)
-    state = checkpoint.load(run_dir, set_aside=True) if resume else {}
-    envs, agent = build(config)
-    if resume:
-        restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
-        if finished(config, agent, state["tracker"]["wall_seconds"]):
+    with lock(run_dir):
+        damaged: list[checkpoint.NotWhole] = []
+        state = checkpoint.load(run_dir, damaged=damaged) if resume else {}
+        with enough_memory():
+            envs, agent = build(config)
+            if resume:
+                restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
+        if resume and finished(config, agent, state["tracker"]["wall_seconds"]):
             raise UserError(
                 f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                 "a higher --total-steps, --total-episodes or --total-minutes goes on"
             )
-    return run(config, run_dir, envs, agent, state, show_times=show_times)
+        checkpoint.set_aside(run_dir, damaged)
+        return run(config, run_dir, envs, agent, state, show_times=show_times)
 
 
 def run(
@@ -224,7 +229,7 @@ def run(
 
     Args:
         config: the run's settings; a resume needs nothing else.
-        run_dir: the run's folder.
+        run_dir: the run's folder, whose lock is held.
         envs: a vector environment.
         agent: who plays.
         state: the checkpoint that it was restored from; empty for a new run.
@@ -239,11 +244,11 @@ def run(
         NotSaved: the run ended, but could not be saved; the last checkpoint stays.
     """
     farewell: list[str] = []
-    with lock(run_dir) as made, stop or Stop() as stop, contextlib.ExitStack() as closing:
+    with stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         closing.callback(envs.close)
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
-        with contextlib.nullcontext() if state else removed_after_errors(run_dir, made):
+        with contextlib.nullcontext() if state else removed_after_errors(run_dir):
             tracker, checkpointer, observers = closing.enter_context(following)
             if not state:
                 checkpointer.save_first()
@@ -251,20 +256,22 @@ def run(
         first_step = agent.global_step
         try:
             seed, overlap = config.seed + first_step, can_overlap(envs, agent)
-            for episodes in play(envs, agent, seed, overlap=overlap, timer=timer):
-                for observer in observers:
-                    observer.step(episodes)
-                if stop.requested or finished(config, agent, tracker.wall_seconds):
-                    break
-            if stop.requested:
-                log.info("stopping: the run is being saved")
-            tracker.finish()
-            checkpointer.save_last()
-        except (NotFinite, torch.OutOfMemoryError, MemoryError) as error:
+            with enough_memory():
+                for episodes in play(envs, agent, seed, overlap=overlap, timer=timer):
+                    for observer in observers:
+                        observer.step(episodes)
+                    at_end = finished(config, agent, tracker.wall_seconds)
+                    if at_end or stop.requested:
+                        break
+                if not at_end:
+                    log.info("stopping: the run is being saved")
+                tracker.finish()
+                checkpointer.save_last()
+        except (NotFinite, OutOfMemory) as error:
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
-        if finished(config, agent, tracker.wall_seconds):
+        if at_end:
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
             return 0
         how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
@@ -272,13 +279,10 @@ def run(
         return stop.exit_code
 
 
-def broken_off(error: Exception, agent: Agent, stays: str) -> UserError:
+def broken_off(error: NotFinite | OutOfMemory, agent: Agent, stays: str) -> UserError:
     """What a run that cannot go on ends with: what happened, when, what is left and what would do."""
-    if isinstance(error, NotFinite):
-        hint = "a new run with a lower learning rate may do better"
-        return NotFinite(f"{error} at step {agent.global_step}: stopped; {stays}; {hint}")
-    hint = "smaller batches, a smaller replay buffer or fewer games need less"
-    return UserError(f"there is not enough memory at step {agent.global_step}: {hint}; {stays}")
+    hint = "; a new run with a lower learning rate may do better" if isinstance(error, NotFinite) else ""
+    return type(error)(f"{error}; stopped at step {agent.global_step}; {stays}{hint}")
 
 
 def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:

@@ -256,11 +256,32 @@ def test_a_stage_that_fails_is_noted_and_the_others_follow(processes: Processes)
     assert run() == 1, "and it stays so"
 
 
-@pytest.mark.parametrize("code", [3, 4])
-def test_a_run_that_is_interrupted_and_ends_badly_has_failed(
+def test_the_only_whole_checkpoint_is_not_among_those_that_have_served(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = processes.start
+
+    def damaging(command: Sequence[str], log: Path, *, dies_with_us: bool) -> FakeProcess:
+        if log.stem == "evaluation":
+            next(Path().rglob("latest")).write_bytes(b"damaged")
+        return start(command, log, dies_with_us=dies_with_us)
+
+    monkeypatch.setattr(campaign.processes, "start", damaging)
+    finish(processes, "--minutes", 30)
+    assert outcomes()["evaluation"] == "done" and len({*Path().rglob("step_*.pt")}) > 1
+
+
+@pytest.mark.parametrize("code", [-signal.SIGINT, 130])
+def test_training_that_is_interrupted_at_any_moment_is_a_piece(
     code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It met NaN, or could not save: that is no piece of the training."""
+    """Also while it imports its libraries."""
+    end_interrupted_training(code, processes, monkeypatch)
+    assert "train" not in {name for name, outcome in outcomes().items() if outcome == "failed"}
+
+
+def end_interrupted_training(code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the campaign whose training returns `code` when it is interrupted."""
     monkeypatch.setattr(FakeProcess, "send_signal", lambda self, number: setattr(self, "returncode", code))
     start = processes.start
 
@@ -270,6 +291,14 @@ def test_a_run_that_is_interrupted_and_ends_badly_has_failed(
 
     monkeypatch.setattr(campaign.processes, "start", endless)
     run()
+
+
+@pytest.mark.parametrize("code", [3, 4])
+def test_a_run_that_is_interrupted_and_ends_badly_has_failed(
+    code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It met NaN, or could not save: that is no piece of the training."""
+    end_interrupted_training(code, processes, monkeypatch)
     assert outcomes()["train"] == "failed"
 
 

@@ -44,7 +44,10 @@ from gravitar_dqn import (
 from gravitar_dqn.agents.base import BaseAgent
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.errors import NotFinite, UserError
+from gravitar_dqn.files import written_whole
+from gravitar_dqn.run_dir import lock
 from gravitar_dqn.serialization import flatten, to_dict
+from gravitar_dqn.sweep_plan import as_options
 
 pytestmark = pytest.mark.faults
 
@@ -74,7 +77,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     run_dir = tmp_path / "run"
     assert train(*preset, *EVERY_STEP, "--agent.learning-rate", 1e30, "--run-dir", run_dir) == 3
     told = re.fullmatch(
-        r"error: (\w+) is (nan|-?inf) at step \d+: stopped; .*/run stays as of step 0; "
+        r"error: (\w+) is (nan|-?inf); stopped at step \d+; .*/run stays as of step 0; "
         "a new run with a lower learning rate may do better",
         last_line(capsys),
     )
@@ -107,7 +110,7 @@ def test_what_a_broken_game_sends_stops_the_run(
 
     monkeypatch.setattr(BaseAgent, "observe", broken)
     assert train(*CARTPOLE, *EVERY_STEP, "--total-steps", 1000, "--run-dir", tmp_path / "run") == 3
-    assert re.search(r"(td_loss|q_mean) is (nan|inf) at step", last_line(capsys))
+    assert re.search(r"(td_loss|q_mean) is (nan|inf); stopped at step", last_line(capsys))
     assert saved_step(tmp_path / "run") == 0
 
 
@@ -130,7 +133,10 @@ def test_nan_in_anything_that_is_saved_is_not_saved(
     monkeypatch.setattr(training.Checkpointer, "step", poison)
     words = [*CARTPOLE, "--log-seconds", 100, "--total-steps", 100, "--run-dir", tmp_path / "run"]
     assert train(*words) == 3
-    assert f"error: agent.{part}." in (line := last_line(capsys)) and "holds NaN or infinity at step 100" in line
+    assert (
+        f"error: agent.{part}." in (line := last_line(capsys))
+        and "holds NaN or infinity; stopped at step 100; " in line
+    )
     assert saved_step(tmp_path / "run") == 0
 
 
@@ -370,20 +376,91 @@ def test_a_damaged_checkpoint_is_set_aside_by_the_run_that_goes_on(run_dir: Path
     assert steps == ["step_000000000000.pt", "step_000000000090.pt"]
 
 
+def contents(run_dir: Path) -> dict[str, bytes]:
+    """Of a run's folder, by name."""
+    return {path.name: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("reader", "name", "error"),
+    [
+        (zipfile, "ZipFile", OSError(errno.EMFILE, "Too many open files")),
+        (torch, "load", RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)")),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_at_present_stops_the_resume(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    reader: Any,
+    name: str,
+    error: Exception,
+    run_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An older one is no stand-in for a file that may well be whole."""
     injected("a checkpoint that cannot be opened")
-    before = {path: path.read_bytes() for path in checkpoint.folder(run_dir).iterdir()}
+    before = contents(run_dir)
 
     def refuse(*words: Any, **options: Any) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise error
 
-    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    monkeypatch.setattr(reader, name, refuse)
     told = refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
-    assert "step_000000000060.pt cannot be read: [Errno 24] Too many open files" in told
-    assert {path: path.read_bytes() for path in checkpoint.folder(run_dir).iterdir()} == before
+    assert f"step_000000000060.pt cannot be read: {error}" in told
+    assert contents(run_dir) == before
+
+
+def test_a_checkpoint_on_a_disk_that_fails_is_passed_over(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("a disk that cannot be read")
+    test = zipfile.ZipFile.testzip
+
+    def fail(self: Any) -> Any:
+        if "60.pt" in str(self.filename):
+            raise OSError(errno.EIO, "Input/output error")
+        return test(self)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    assert evaluate(run_dir) == 0
+    assert "cannot be read from the disk (Input/output error); step_000000000000.pt is used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("why", ["in use", "complete"])
+def test_a_resume_that_is_refused_changes_nothing(why: str, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the name of a damaged checkpoint, which the next evaluation must tell too."""
+    injected("checkpoint cut short")
+    newest = checkpoint.folder(run_dir) / "step_000000000060.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    before = contents(run_dir)
+    if why == "in use":
+        with lock(run_dir):
+            assert "is in use" in refusal(capsys, train("--resume", run_dir))
+    else:
+        older = checkpoint.folder(run_dir) / "step_000000000000.pt"
+        state = checkpoint.read(older)
+        state["agent"]["clocks"]["global_step"] = 60
+        with written_whole(older) as temporary:  # what was read is still mapped to the file
+            torch.save(state, temporary)
+        before = contents(run_dir)
+        assert train("--resume", run_dir) == 2
+        assert "is complete (60 steps" in last_line(capsys)
+    assert contents(run_dir) == before
+
+
+def test_a_run_that_another_one_ends_meanwhile_is_not_rolled_back(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read before the folder is held may be old when it is."""
+    injected("two runs in one folder")
+    load = checkpoint.load
+
+    def late(home: Path, **options: Any) -> Any:
+        with pytest.raises(UserError, match="is in use"), lock(home):
+            pass
+        return load(home, **options)
+
+    monkeypatch.setattr(checkpoint, "load", late)
+    assert train("--resume", run_dir, "--total-steps", 90) == 0
 
 
 def test_snapshots_leave_a_damaged_checkpoint_out(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,6 +550,18 @@ def test_output_that_the_shell_has_closed_is_no_error(closed: str, tmp_path: Pat
     assert saved_step(tmp_path / "run") == 500
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--agent.learning-rate", "1e30", *EVERY_STEP], 3), (["--nonsense"], 2)])
+def test_the_exit_code_tells_also_where_the_log_has_no_room(words: list[object], code: int, tmp_path: Path) -> None:
+    injected("disk full for the log")
+    command = shlex.join(map(str, [sys.executable, ROOT / "scripts" / "train.py", *CARTPOLE, *words]))
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --run-dir {tmp_path / 'run'} 2>/dev/full"],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == code
+
+
 def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """A web server that hangs up, say: standard output is as it was."""
     injected("a broken pipe that is not standard output's")
@@ -531,7 +620,7 @@ def signal_at_random(home: Path, number: signal.Signals, times: int, rng: random
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_at_any_moment_leaves_a_run_that_goes_on(number: signal.Signals, times: int, tmp_path: Path) -> None:
-    signal_at_random(tmp_path / "run", number, times, random.Random(random.randrange(2**32)))
+    signal_at_random(tmp_path / "run", number, times, random.Random(times))
 
 
 @pytest.mark.slow
@@ -565,7 +654,12 @@ def test_a_game_that_raises_ends_the_run_badly_and_what_was_saved_stays(
     check_episodes(run_dir, [0, step])
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError()])
+ON_A_CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), RuntimeError(ON_A_CPU)]
+)
 def test_too_little_memory_is_one_line(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,10 +673,62 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(DQNAgent, "update", full)
     assert train(*CARTPOLE, *FOR_EVER, "--run-dir", tmp_path / "run") == 2
     assert last_line(capsys) == (
-        "error: there is not enough memory at step 100: smaller batches, a smaller replay buffer or fewer games need "
-        f"less; {tmp_path / 'run'} stays as of step 0"
+        "error: there is not enough memory: smaller batches, a smaller replay buffer or fewer games need less; "
+        f"stopped at step 100; {tmp_path / 'run'} stays as of step 0"
     )
     assert saved_step(tmp_path / "run") == 0
+
+
+def test_too_little_memory_at_the_start_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("out of memory")
+
+    def full(*words: Any, **options: Any) -> None:
+        raise RuntimeError(ON_A_CPU)
+
+    monkeypatch.setattr(training, "entry_of", full)
+    assert refusal(capsys, train(*CARTPOLE, "--run-dir", tmp_path / "run")).startswith("there is not enough memory: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_dies_does_not_hide_what_ended_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its death nothing can be read from it any more, the metrics of the last row neither."""
+    injected("out of memory")
+
+    def dead(self: Any) -> Any:
+        if self.global_step >= 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return metrics(self)
+
+    metrics = DQNAgent.metrics
+    monkeypatch.setattr(DQNAgent, "metrics", dead)
+    assert train(*CARTPOLE, *FOR_EVER, *EVERY_STEP, "--run-dir", tmp_path / "run") == 2
+    told = capsys.readouterr().err
+    assert "warning: " in told and "metrics.csv has no last row (CUDA out of memory. Tried)" in told
+    assert told.splitlines()[-1].startswith("error: there is not enough memory: ")
+
+
+def test_an_interrupted_run_that_saves_past_its_limit_of_time_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("a save that takes long")
+    save_last, step = training.Checkpointer.save_last, training.Checkpointer.step
+
+    def interrupt(self: Any, episodes: Any) -> None:
+        step(self, episodes)
+        if self._agent.global_step == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def slow(self: Any) -> None:
+        save_last(self)
+        time.sleep(1.5)
+
+    monkeypatch.setattr(training.Checkpointer, "step", interrupt)
+    monkeypatch.setattr(training.Checkpointer, "save_last", slow)
+    assert train(*CARTPOLE, "--total-minutes", 1.5 / 60, "--run-dir", tmp_path / "run") == 130
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,23 +770,22 @@ SMALL_RUNS = {
     "ram": ["gravitar-ram", *CARTPOLE[1:], "--env.num-envs", 2, "--total-steps", 120],
 }
 LEFT_ALONE = {"preset", "env.id", "dashboard", "video_dir", "total_steps", "total_minutes", "log_seconds", "seed"}
-LEFT_ALONE |= {"threads"}  # they would stay for the tests that follow
+LEFT_ALONE |= {"total_episodes", "threads"}  # threads would stay for the tests that follow
 
 
 def random_settings(preset: str, rng: random.Random) -> list[str]:
     """One to three settings of a preset with values that may fit or not."""
     config = cli.parse_train([str(word) for word in SMALL_RUNS[preset]], "train.py")[0].config
-    words = []
     values = {name: value for name, value in flatten(to_dict(config)).items() if name not in LEFT_ALONE}
+    chosen: dict[str, object] = {}
     for name, value in rng.sample(sorted(values.items()), rng.choice([1, 1, 2, 3])):
-        option = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(rng.choice([option, option.replace("--", "--no-", 1)]))
+            chosen[name] = rng.choice(["true", "false"])
         elif isinstance(value, str):
-            words.append(f"{option}={rng.choice([value, 'nonsense', ''])}")
+            chosen[name] = rng.choice([value, "nonsense", ""])
         else:
-            words.append(f"{option}={rng.choice(NUMBERS['whole' if isinstance(value, int) else 'real'])}")
-    return words
+            chosen[name] = rng.choice(NUMBERS["whole" if isinstance(value, int) else "real"])
+    return list(as_options(config, {name: str(value) for name, value in chosen.items()}))
 
 
 def try_settings(preset: str, seed: int, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -306,6 +306,21 @@ class TestTracker:
         tracker.__exit__(NotFinite)
         assert caplog.messages[-1].endswith("episodes.csv could not be written: its last 2 rows are lost")
 
+    @pytest.mark.faults
+    def test_there_is_no_checkpoint_while_rows_before_it_wait(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A kill after it would lose them for good; but a file that was removed cannot have them anyway."""
+        injected("disk full during CSV")
+        tracker = make_tracker(tmp_path, Agent(), log_seconds=100)
+        tracker.step([game(0), game(1)])
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", lambda descriptor, data: 0)
+            with pytest.raises(OSError, match=r"checkpoint not written: .*episodes.csv has no room"):
+                tracker.state_dict()
+        (tmp_path / "episodes.csv").unlink()
+        assert tracker.state_dict()["returns"]
+
     def test_the_last_row_is_judged_before_the_run_is_saved(self, tmp_path: Path) -> None:
         agent = Agent()
         agent.metrics = lambda: {"td_loss": math.nan}  # type: ignore[method-assign]

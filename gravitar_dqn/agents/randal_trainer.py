@@ -21,12 +21,12 @@ from gravitar_dqn.config import PPORNDSettings, PPORunConfig, bounded
 from gravitar_dqn.envs import config_of, spec_of
 from gravitar_dqn.errors import NotFinite, SettingError, UserError
 from gravitar_dqn.evaluation import Policy, play_games
-from gravitar_dqn.execution import keep_freed_memory
+from gravitar_dqn.execution import enough_memory, keep_freed_memory
 from gravitar_dqn.files import written_whole
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Episode, Observer
 from gravitar_dqn.presets import PUBLISHED_PPO
-from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.run_dir import load_run, lock
 from gravitar_dqn.serialization import build, check_bounds, differences, nest, validate
 from gravitar_dqn.telemetry import CsvLog
 from gravitar_dqn.training import Stop
@@ -190,23 +190,29 @@ class RANDALTrainer:
         `resume` is the folder of a run to go on with; its agent and settings must have been made as these were.
         """
         show_log()
-        config, run = self.config, self.run_config
-        state: dict[str, Any] = {}
+        run = self.run_config
         if resume is not None:
             self.run_dir = Path(resume)
             if changed := differences(load_run(self.run_dir, to_train=True), run):
                 text = [f"{PUBLISHED.get(name, name)}: {old} -> {new}" for name, (old, new) in changed.items()]
                 raise UserError(f"{resume} was started with other settings, it cannot go on: {'; '.join(text)}")
-            state = checkpoint.load(self.run_dir, set_aside=True)
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
-        spec, device = spec_of(self.envs), self.agent.device
-        agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
-        agent.tasks.pixel_range = self.agent.pixel_range
-        if state:
-            training.restore(agent, state.pop("agent"), self.run_dir)
-        stop = Stop()
+        closing = contextlib.nullcontext() if self.val_envs is None else contextlib.closing(self.val_envs)
+        with closing, lock(self.run_dir):
+            self._train(resume=resume is not None)
+
+    def _train(self, resume: bool) -> None:
+        config, run, stop, damaged = self.config, self.run_config, Stop(), list[checkpoint.NotWhole]()
+        state = checkpoint.load(self.run_dir, damaged=damaged) if resume else {}
+        with enough_memory():
+            spec, device = spec_of(self.envs), self.agent.device
+            agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
+            agent.tasks.pixel_range = self.agent.pixel_range
+            if resume:
+                training.restore(agent, state.pop("agent"), self.run_dir)
+        checkpoint.set_aside(self.run_dir, damaged)
 
         def further() -> Iterator[Observer]:
             if config.save_freq:
@@ -215,8 +221,7 @@ class RANDALTrainer:
                 yield Validator(config, run, agent, self.val_envs, self.run_dir / "validation.csv", stop)
 
         how = f"RANDALTrainer(...).train(resume={str(self.run_dir)!r})"
-        with contextlib.nullcontext() if self.val_envs is None else contextlib.closing(self.val_envs):
-            training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how, stop=stop)
+        training.run(run, self.run_dir, self.envs, agent, state, further=further, how_to_resume=how, stop=stop)
 
 
 def check(config: RANDALTrainerConfig) -> None:
