@@ -27,7 +27,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # --help goes without it
 
     held = FileLock(run_dir / "lock", timeout=0)
-    made = not run_dir.exists()
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -41,8 +41,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if [path.name for path in run_dir.iterdir()] == ["lock"]:
                 (run_dir / "lock").unlink()
-                if made:
-                    run_dir.rmdir()
+                for folder in made:
+                    folder.rmdir()
         held.release()
 
 
