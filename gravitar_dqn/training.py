@@ -202,13 +202,13 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
         state = checkpoint.load(run_dir, damaged=damaged) if resume else {}
         with enough_memory():
             envs, agent = build(config)
-            if resume:
-                restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
-        if resume and finished(config, agent, state["tracker"]["wall_seconds"]):
-            raise UserError(
-                f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
-                "a higher --total-steps, --total-episodes or --total-minutes goes on"
-            )
+        if resume:
+            restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
+            if finished(config, agent, state["tracker"]["wall_seconds"]):
+                raise UserError(
+                    f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
+                    "a higher --total-steps, --total-episodes or --total-minutes goes on"
+                )
         checkpoint.set_aside(run_dir, damaged)
         return run(config, run_dir, envs, agent, state, show_times=show_times)
 
@@ -288,7 +288,8 @@ def broken_off(error: NotFinite | OutOfMemory, agent: Agent, stays: str) -> User
 def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
     """Put a checkpoint's state into a new agent; UserError when it does not fit."""
     try:
-        agent.load_state_dict(state)
+        with enough_memory():
+            agent.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
         raise UserError(

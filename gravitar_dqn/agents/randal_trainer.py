@@ -210,8 +210,8 @@ class RANDALTrainer:
             spec, device = spec_of(self.envs), self.agent.device
             agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
             agent.tasks.pixel_range = self.agent.pixel_range
-            if resume:
-                training.restore(agent, state.pop("agent"), self.run_dir)
+        if resume:
+            training.restore(agent, state.pop("agent"), self.run_dir)
         checkpoint.set_aside(self.run_dir, damaged)
 
         def further() -> Iterator[Observer]:
