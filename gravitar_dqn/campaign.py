@@ -24,7 +24,7 @@ from gravitar_dqn import files, processes, sweep_plan
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import NotFinite, NotSaved, UserError
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.run_dir import claimed
+from gravitar_dqn.run_dir import claimed, how_to_train
 from gravitar_dqn.serialization import flatten, to_dict
 from gravitar_dqn.sweep_plan import as_options, for_snapshots, label, read_settings
 from gravitar_dqn.telemetry import CsvLog
@@ -39,7 +39,6 @@ USUAL = {"tests": 180.0, "benchmark": 180.0, "weights": 10.0, "curves": 15.0}  #
 TRIES = 3  # calls that may begin a stage other than training
 DONE, FAILED, CUT_SHORT, SKIPPED, PIECE = "done", "failed", "cut short", "skipped", "a piece"
 BEGUN = "begun"
-BADLY = {1, UserError.exit_code, NotFinite.exit_code, NotSaved.exit_code}  # how no interrupted training ends
 # What the campaign sets itself. The rest of the run can be changed with --settings.
 OWN = sweep_plan.OWN | {
     "preset": "the preset comes first",
@@ -235,7 +234,7 @@ class Campaign:
         if trained + self._end - monotonic() < 60 * probable * (1 - sweep_plan.LAST_PART):
             free["keep_checkpoints"] = "2"  # nothing of the last part yet: what travels stays small
         options = list(as_options(get_preset(self._options.preset), free))
-        words = processes.how_to_train(self._options.run_dir, arguments_of(self._options), options)
+        words = how_to_train(self._options.run_dir, arguments_of(self._options), options)
         return processes.package_command(["train", *words])
 
     def _training_left(self) -> float:
@@ -302,9 +301,11 @@ class Campaign:
         if process.returncode == 0:
             self._note(name, DONE, seconds, self._how_far() if name == "train" else line)
         elif name == "train":
-            stopped = interrupted and process.returncode not in BADLY
+            # Any other exit code may be that of an interruption, which can meet Python at a bad moment.
+            stopped = interrupted and process.returncode not in (UserError.exit_code, NotFinite.exit_code)
             ended = PIECE if stopped else DONE if " is complete (" in line else FAILED
-            self._note(name, ended, seconds, self._how_far() if ended != FAILED else line)
+            said = line if ended == FAILED or process.returncode == NotSaved.exit_code else self._how_far()
+            self._note(name, ended, seconds, said)
         elif not interrupted:
             self._note(name, FAILED, seconds, line)
         else:

@@ -128,14 +128,10 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # torch's message says how to load it all the same
         raise NotWhole(path, "holds more than tensors and plain values, which might run code: not read") from None
-    except (OSError, MemoryError, RuntimeError) as error:
-        # No permission, too many open files, too little memory: the file may well be whole, unless the disk fails.
-        if isinstance(error, OSError) and error.errno == errno.EIO:
-            raise NotWhole(path, f"cannot be read from the disk ({error.strerror})") from None
-        reason = str(error).splitlines()[0] if str(error) else "there is not enough memory"
-        raise UserError(f"{path} cannot be read: {reason}") from None
     except Exception as error:  # the readers fail in many ways, IndexError and struct.error among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if may_be_whole(error):
+            raise UserError(f"{path} cannot be read at present: {reason}") from None
         raise NotWhole(path, f"is not a whole checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") not in READABLE:
         raise UserError(f"{path} is not a checkpoint of this program (formats {READABLE[0]} and {FORMAT})")
@@ -145,6 +141,13 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if isinstance(agent, dict) and "curiosity" in agent:  # its name in format 2
         agent["rnd"] = agent.pop("curiosity")
     return state
+
+
+def may_be_whole(error: Exception) -> bool:
+    """Whether what kept a file from being read lies not in the file: no permission, too many files, no memory."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)  # torch has a RuntimeError for it
 
 
 def not_finite(state: Any, name: str = "") -> str:

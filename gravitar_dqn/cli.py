@@ -25,7 +25,7 @@ from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
-from gravitar_dqn.run_dir import holds_other, load_run
+from gravitar_dqn.run_dir import check_free, load_run
 from gravitar_dqn.serialization import check_bounds, differences, flatten, to_dict, validate
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
         run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)
-        if holds_other(run_dir, ours=""):
-            raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
+        check_free(run_dir)  # a mistake is told at once
     from gravitar_dqn.training import train
 
     return train(config, run_dir, resume=saved is not None, show_times=arguments.profile)

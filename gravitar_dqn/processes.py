@@ -5,15 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import wall_seconds
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -34,7 +30,7 @@ def package_command(words: Sequence[str]) -> list[str]:
 def start(
     command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a process; the command, without the folders that lead to its program, and what it prints go into `log`.
+    """Start a process; the command, without the folders that lead here, and what it prints go into `log`.
 
     In a session of its own, a Ctrl-C on the terminal reaches the process only through this one, and so once.
 
@@ -46,7 +42,8 @@ def start(
             Not from a program with threads that start processes too.
     """
     with log.open("ab") as file:
-        file.write(f"$ {shlex.join([_program(command[0], Path(command[0]).name), *command[1:]])}\n".encode())
+        words = [_program(command[0], Path(command[0]).name), *command[1:]]
+        file.write(f"$ {shlex.join(word.replace(f'{Path.cwd()}/', '') for word in words)}\n".encode())
         file.flush()
         return subprocess.Popen(
             command,
@@ -77,23 +74,3 @@ def command_line(words: Sequence[str], command: str = "") -> str:
 def _program(path: str, otherwise: str) -> str:
     """A program's path from the present folder where it lies below that; else `otherwise`."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else otherwise
-
-
-def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:
-    """Words of `train` that begin a run, or go on with it.
-
-    Args:
-        run_dir: the run's folder.
-        arguments: preset and settings of a new run.
-        free: settings that are also given to a run that goes on.
-    """
-    from gravitar_dqn import checkpoint  # torch
-
-    checkpoint.mend(run_dir)  # the folder may have been copied
-    if (run_dir / "checkpoints" / "latest").exists():
-        return ["--resume", str(run_dir), *free]
-    if wall_seconds(run_dir):
-        raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
-    if run_dir.exists():  # killed before its first checkpoint: train would refuse the folder
-        shutil.rmtree(run_dir)
-    return [*arguments, *free, "--run-dir", str(run_dir)]

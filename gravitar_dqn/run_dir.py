@@ -6,14 +6,14 @@ import contextlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from gravitar_dqn.config import FREE_FIELDS, RunConfig
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import read_json, write_json
+from gravitar_dqn.files import read_json, wall_seconds, write_json
 from gravitar_dqn.presets import from_dict
 from gravitar_dqn.serialization import flatten, to_dict
 
@@ -73,6 +73,12 @@ def holds_other(folder: Path, ours: str) -> bool:
     return bool(there - {"lock"}) and ours not in there
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise UserError for the folder of a new run that holds another one."""
+    if holds_other(run_dir, ours=""):
+        raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
+
+
 @contextlib.contextmanager
 def removed_after_errors(run_dir: Path) -> Iterator[None]:
     """After an error inside, what appeared in the folder is removed."""
@@ -84,6 +90,27 @@ def removed_after_errors(run_dir: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # the error that led here says more
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
+
+
+def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:
+    """Words of `train` that begin a run, or go on with it.
+
+    Args:
+        run_dir: the run's folder.
+        arguments: preset and settings of a new run.
+        free: settings that are also given to a run that goes on.
+    """
+    from gravitar_dqn import checkpoint  # torch
+
+    checkpoint.mend(run_dir)  # the folder may have been copied
+    if (run_dir / "checkpoints" / "latest").exists():
+        return ["--resume", str(run_dir), *free]
+    if wall_seconds(run_dir):
+        raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
+    if holds_other(run_dir, ours=""):  # killed before its first checkpoint: train would refuse the folder
+        with lock(run_dir):  # not by somebody who still trains in it
+            shutil.rmtree(run_dir)
+    return [*arguments, *free, "--run-dir", str(run_dir)]
 
 
 def cannot_be_written(run_dir: Path, error: OSError) -> UserError:

@@ -17,8 +17,8 @@ import numpy as np
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_line, read_json, read_rows, wall_seconds
-from gravitar_dqn.processes import command_line, how_to_train, package_command, start
-from gravitar_dqn.run_dir import claimed
+from gravitar_dqn.processes import command_line, package_command, start
+from gravitar_dqn.run_dir import claimed, how_to_train
 from gravitar_dqn.sweep_plan import Job, SweepConfig
 from gravitar_dqn.telemetry import CsvLog
 

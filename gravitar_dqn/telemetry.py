@@ -6,6 +6,7 @@ Standard output carries only the console lines, whose forms other programs parse
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import logging
 import math
@@ -45,6 +46,7 @@ class CsvLog:
         self.path, self.columns = path, columns
         self._pending: list[bytes] = []
         self._warned = False
+        self.full = False  # whether rows wait for room on the disk
         kept = self._kept(last_step) if last_step is not None and path.exists() else []
         with written_whole(path) as temporary:
             temporary.write_bytes(b"".join([self._line(columns), *kept]))
@@ -82,17 +84,18 @@ class CsvLog:
                 written = os.write(descriptor, data)
                 if written < len(data):  # the disk filled up half-way
                     os.ftruncate(descriptor, self._size)
-                    raise OSError("no space left")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
         except OSError as error:
+            self.full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if not self._warned:
                 log.warning("%s cannot be written (%s): rows are kept and tried again", self.path, error)
             self._warned = True
             return
         self._size += len(data)
         self._pending.clear()
-        self._warned = False
+        self._warned = self.full = False
 
     @property
     def waiting(self) -> int:
@@ -183,11 +186,11 @@ class Tracker:
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint. What was reported so far is written out first, so that the files and it agree.
 
-        OSError while that cannot be done; a file that somebody has removed is no reason to lose the weights too.
+        OSError while there is no room for that; other trouble with a file is no reason to lose the weights too.
         """
         for file in (self._metrics, self._episodes):
             file.flush()
-            if file.waiting and file.path.exists():
+            if file.full:
                 raise OSError(f"checkpoint not written: {file.path} has no room for the rows before it")
         return {"returns": list(self._returns), "wall_seconds": self.wall_seconds}
 

@@ -34,7 +34,7 @@ from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.processes import command_line
 from gravitar_dqn.recording import Recorder
-from gravitar_dqn.run_dir import cannot_be_written, lock, removed_after_errors, write_config
+from gravitar_dqn.run_dir import cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.serialization import to_dict
 from gravitar_dqn.telemetry import Console, Tracker
 
@@ -200,17 +200,20 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     with lock(run_dir):
         damaged: list[checkpoint.NotWhole] = []
         state = checkpoint.load(run_dir, damaged=damaged) if resume else {}
+        if not resume:
+            check_free(run_dir)  # another one may have begun and ended in it since the command was read
         with enough_memory():
             envs, agent = build(config)
-        if resume:
-            restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
-            if finished(config, agent, state["tracker"]["wall_seconds"]):
-                raise UserError(
-                    f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
-                    "a higher --total-steps, --total-episodes or --total-minutes goes on"
-                )
-        checkpoint.set_aside(run_dir, damaged)
-        return run(config, run_dir, envs, agent, state, show_times=show_times)
+        with contextlib.closing(envs):
+            if resume:
+                restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
+                if finished(config, agent, state["tracker"]["wall_seconds"]):
+                    raise UserError(
+                        f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
+                        "a higher --total-steps, --total-episodes or --total-minutes goes on"
+                    )
+            checkpoint.set_aside(run_dir, damaged)
+            return run(config, run_dir, envs, agent, state, show_times=show_times)
 
 
 def run(
@@ -225,7 +228,7 @@ def run(
     how_to_resume: str = "",
     stop: Stop | None = None,
 ) -> int:
-    """Train an agent in environments, as `train` says, and close them.
+    """Train an agent in environments, as `train` says.
 
     Args:
         config: the run's settings; a resume needs nothing else.
@@ -246,7 +249,6 @@ def run(
     farewell: list[str] = []
     with stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
-        closing.callback(envs.close)
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         with contextlib.nullcontext() if state else removed_after_errors(run_dir):
             tracker, checkpointer, observers = closing.enter_context(following)

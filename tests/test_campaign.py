@@ -271,11 +271,11 @@ def test_the_only_whole_checkpoint_is_not_among_those_that_have_served(
     assert outcomes()["evaluation"] == "done" and len({*Path().rglob("step_*.pt")}) > 1
 
 
-@pytest.mark.parametrize("code", [-signal.SIGINT, 130])
+@pytest.mark.parametrize("code", [-signal.SIGINT, 130, 1, 4])
 def test_training_that_is_interrupted_at_any_moment_is_a_piece(
     code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while it imports its libraries."""
+    """Also while it imports its libraries, which may end with 1; and what could not be saved is trained once more."""
     end_interrupted_training(code, processes, monkeypatch)
     assert "train" not in {name for name, outcome in outcomes().items() if outcome == "failed"}
 
@@ -293,11 +293,11 @@ def end_interrupted_training(code: int, processes: Processes, monkeypatch: pytes
     run()
 
 
-@pytest.mark.parametrize("code", [3, 4])
+@pytest.mark.parametrize("code", [2, 3])
 def test_a_run_that_is_interrupted_and_ends_badly_has_failed(
     code: int, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It met NaN, or could not save: that is no piece of the training."""
+    """It met NaN, say: that is no piece of the training."""
     end_interrupted_training(code, processes, monkeypatch)
     assert outcomes()["train"] == "failed"
 

@@ -45,7 +45,7 @@ from gravitar_dqn.agents.base import BaseAgent
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.errors import NotFinite, UserError
 from gravitar_dqn.files import written_whole
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run_dir import how_to_train, lock
 from gravitar_dqn.serialization import flatten, to_dict
 from gravitar_dqn.sweep_plan import as_options
 
@@ -405,7 +405,7 @@ def test_a_checkpoint_that_cannot_be_read_at_present_stops_the_resume(
 
     monkeypatch.setattr(reader, name, refuse)
     told = refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
-    assert f"step_000000000060.pt cannot be read: {error}" in told
+    assert f"step_000000000060.pt cannot be read at present: {error}" in told
     assert contents(run_dir) == before
 
 
@@ -422,7 +422,8 @@ def test_a_checkpoint_on_a_disk_that_fails_is_passed_over(
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
     assert evaluate(run_dir) == 0
-    assert "cannot be read from the disk (Input/output error); step_000000000000.pt is used" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "is not a whole checkpoint ([Errno 5] Input/output error); step_000000000000.pt is used instead" in told
 
 
 @pytest.mark.parametrize("why", ["in use", "complete"])
@@ -445,6 +446,54 @@ def test_a_resume_that_is_refused_changes_nothing(why: str, run_dir: Path, capsy
         assert train("--resume", run_dir) == 2
         assert "is complete (60 steps" in last_line(capsys)
     assert contents(run_dir) == before
+
+
+def test_a_new_run_does_not_begin_in_a_folder_where_another_one_ended_meanwhile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the reading of the command and the start."""
+    injected("two runs in one folder")
+    words = [*CARTPOLE, "--total-steps", 60, "--run-dir", tmp_path / "run"]
+    parsed = cli.parse_train([str(word) for word in words], "train.py")[0].config
+    assert train(*words) == 0
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"exists: --resume .* goes on with it"):
+        training.train(parsed, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_sweep_does_not_remove_a_run_that_still_starts(tmp_path: Path) -> None:
+    injected("two runs in one folder")
+    run_dir = tmp_path / "run"
+    with lock(run_dir):
+        assert how_to_train(run_dir, ["cartpole"]) == ["cartpole", "--run-dir", str(run_dir)]
+        (run_dir / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="is in use"):
+            how_to_train(run_dir, ["cartpole"])
+    how_to_train(run_dir, ["cartpole"])
+    assert not run_dir.exists()
+
+
+def test_too_little_memory_for_a_checkpoint_is_no_other_version(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injected("out of memory")
+
+    def full(self: Any, state: Any) -> None:
+        raise RuntimeError(ON_A_CPU)
+
+    monkeypatch.setattr(DQNAgent, "load_state_dict", full)
+    told = refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
+    assert told.startswith("there is not enough memory: ")
+
+
+def test_a_trainer_that_is_refused_leaves_its_environments_open(tmp_path: Path) -> None:
+    """They can be used for the next try."""
+    injected("two runs in one folder")
+    trainer = small_trainer(tmp_path, probes.Both)
+    with lock(trainer.run_dir), pytest.raises(UserError, match="exists"):
+        trainer.train()
+    assert not trainer.envs.closed and not trainer.val_envs.closed
 
 
 def test_a_run_that_another_one_ends_meanwhile_is_not_rolled_back(
@@ -494,6 +543,24 @@ def run_dir_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("once") / "run"
     assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", home) == 0
     return home
+
+
+def test_damage_of_the_archives_own_words_is_seen_or_harmless(run_dir_once: Path, tmp_path: Path) -> None:
+    """Where the parts lie, how long they are, how they are packed: no checksum guards these."""
+    path = tmp_path / "step_000000000060.pt"
+    shutil.copy(whole := checkpoint.folder(run_dir_once) / path.name, path)
+    expected, data, rng = tensors(checkpoint.read(whole)), bytearray(whole.read_bytes()), random.Random(0)
+    directory = data.index(b"PK\x01\x02")
+    places = [*range(60), *range(directory, len(data))]
+    for place in rng.sample(places, 500):
+        injected("bit flipped in a checkpoint's directory")
+        changed = data.copy()
+        changed[place] ^= 1 << rng.randrange(8)
+        path.unlink()  # what was read is still mapped to it
+        path.write_bytes(changed)
+        with contextlib.suppress(checkpoint.NotWhole):
+            for one, other in zip(tensors(checkpoint.read(path)), expected, strict=True):
+                assert torch.equal(one, other)
 
 
 def tensors(state: Any) -> list[torch.Tensor]:

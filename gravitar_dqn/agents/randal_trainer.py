@@ -199,8 +199,9 @@ class RANDALTrainer:
         elif self.run_dir.exists():
             raise UserError(f"{self.run_dir} exists: train(resume=...) goes on with it")
         keep_freed_memory()
-        closing = contextlib.nullcontext() if self.val_envs is None else contextlib.closing(self.val_envs)
-        with closing, lock(self.run_dir):
+        with lock(self.run_dir), contextlib.ExitStack() as closing:
+            for envs in filter(None, (self.envs, self.val_envs)):
+                closing.callback(envs.close)
             self._train(resume=resume is not None)
 
     def _train(self, resume: bool) -> None:
