@@ -95,7 +95,8 @@ def load(run_dir: Path, device: torch.device | str = "cpu", *, damaged: list[Not
 def set_aside(run_dir: Path, damaged: Iterable[NotWhole]) -> None:
     """Rename the damaged files of a run that goes on, so that none counts among those that are kept."""
     for error in damaged:
-        error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
+        error.path.rename(aside := error.path.with_name(f"{error.path.name}.damaged"))
+        log.info("the damaged checkpoint is kept as %s", aside)
     mend(run_dir)
 
 

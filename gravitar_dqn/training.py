@@ -155,6 +155,8 @@ def follow(
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
         log.info("%s %s, on %s", beginning, run_dir, describe_device(agent.device))
+        if state and agent.partial_buffer_size == 0:
+            log.info("the replay buffer fills anew before learning goes on (--checkpoint-replay keeps it)")
         video_dir = Path(config.video_dir) / run_dir.name
         if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
             closing.callback(dashboard.close)

@@ -70,4 +70,4 @@ echo "done $key" >"$state"
 say "preparing the dashboard's browser files"
 .venv/bin/python scripts/dashboard.py --prepare </dev/null || say "training works all the same, without a dashboard"
 
-say "done. Train:  .venv/bin/python scripts/train.py      Test:  .venv/bin/python -m pytest"
+say "done. Train:  .venv/bin/python scripts/train.py gravitar-ram      Test:  .venv/bin/python -m pytest -n auto"
