@@ -48,7 +48,8 @@ class RNDSettings:
     """Curiosity: Random Network Distillation (Burda 2018)."""
 
     coef: float = bounded(0.0)
-    """Weight of the normalized bonus in the reward that is learned; 0 builds no curiosity at all."""
+    """Weight of the normalized bonus in the reward that is learned; 0 builds no curiosity at all. Gravitar from RAM
+    scored a tenth less with 0.1 in equal time."""
     variant: Literal["rnd", "notebook"] = "rnd"
     """`notebook` is the original's bonus with its faults: a predictor that never learns and sees 0..255."""
     learning_rate: float = bounded(1e-4)
