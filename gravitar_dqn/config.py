@@ -239,6 +239,11 @@ class RunConfig:
     """Record a game with the present policy every this many episodes; 0: never. (free)"""
     video_dir: str = "videos"
     """Recordings go to <video_dir>/<name of the run's folder>/. (free)"""
+    eval_every: int = bounded(0)
+    """Evaluate the present policy every this many steps, in another process under idle priority; the best is kept as
+    checkpoints/best; 0: never. (free)"""
+    eval_episodes: int = bounded(100, low=1)
+    """Whole games of such an evaluation. (free)"""
     checkpoint_minutes: float = bounded(10.0, low=1e-4)
     """Minutes from one checkpoint to the next. (free)"""
     checkpoint_replay: bool = False
@@ -297,5 +302,5 @@ class PPORunConfig(RunConfig):
 
 FREE_FIELDS = frozenset(
     "total_steps total_episodes total_minutes device threads precision execution log_seconds dashboard video_every "
-    "video_dir checkpoint_minutes checkpoint_replay keep_checkpoints".split()
+    "video_dir eval_every eval_episodes checkpoint_minutes checkpoint_replay keep_checkpoints".split()
 )

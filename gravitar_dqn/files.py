@@ -57,10 +57,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [row for row in rows if None not in row and None not in row.values()]
 
 
+def last_row(path: Path, tail: int = 2**16) -> dict[str, str]:
+    """A CSV file's last whole row, looked for in its last `tail` bytes; {} when there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        header = file.readline()
+        file.seek(max(len(header), path.stat().st_size - tail))
+        lines = [line for line in file.read().decode(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    rows = list(csv.DictReader([header.decode(errors="replace"), *lines[-1:]]))
+    return rows[0] if rows and None not in rows[0] and None not in rows[0].values() else {}
+
+
 def wall_seconds(run_dir: Path) -> float:
     """Training time so far, by metrics.csv; 0 before there is any."""
-    rows = read_rows(run_dir / "metrics.csv")
-    return float(rows[-1]["wall_seconds"]) if rows else 0.0
+    return float(last_row(run_dir / "metrics.csv").get("wall_seconds", 0.0))
 
 
 def last_output(path: Path) -> str:

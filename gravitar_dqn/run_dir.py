@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import platform
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # --help goes without it
 
-    held = FileLock(run_dir / "lock", timeout=0)
+    held = FileLock(run_dir / "lock", timeout=0.2)  # `is_held` has it for a moment
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,16 @@ def lock(run_dir: Path) -> Iterator[None]:
                 for folder in made:
                     folder.rmdir()
         held.release()
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a process holds the run's folder, as far as this machine knows."""
+    with contextlib.suppress(OSError), (run_dir / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextlib.contextmanager

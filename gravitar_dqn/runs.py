@@ -1,0 +1,157 @@
+"""The runs in a folder and how each of them stands, by the files that they leave. Nothing is written, nothing of torch
+is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gravitar_dqn.config import RunConfig
+from gravitar_dqn.errors import UserError, did_you_mean
+from gravitar_dqn.files import last_row, read_json, read_rows
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.run_dir import is_held, load_run
+
+RUNS = Path("runs")  # where `train` makes the folders of its runs
+
+State = Literal["running", "finished", "stopped", "died"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come."""
+
+    run_dir: Path
+    config: RunConfig
+    state: State  # finished: a limit is reached; stopped: all was saved; died: what came after a checkpoint is lost
+    global_step: int
+    frames: int
+    episodes: int
+    minutes: float  # of training
+    progress: float  # share of the limit that is nearest, 0 to 1
+    mean_score: float | None  # of the last 100 training games; None before the first has ended
+    best: float | None  # the highest mean of an evaluation; None without one
+
+    @property
+    def label(self) -> str:
+        """What tells it from other runs at a glance: preset and seed."""
+        return f"{self.config.preset}, seed {self.config.seed}"
+
+    @property
+    def minutes_left(self) -> float | None:
+        """Until its end, at the speed so far; None for a run that does not go on, or has just begun."""
+        if self.state != "running" or self.progress <= 0:
+            return None
+        return self.minutes * (1 - self.progress) / self.progress
+
+
+def standing(run_dir: Path, *, running: bool | None = None) -> Standing:
+    """How the run in a folder stands; UserError when there is none in it.
+
+    `running` says whether a process trains in it, for a caller who knows; None: look whether one holds its lock.
+    """
+    config = load_run(run_dir)
+    row = last_row(run_dir / "metrics.csv")
+    step, episodes, seconds = (int(_number(row, name)) for name in ("global_step", "episodes", "wall_seconds"))
+    score = _number(row, "return_mean", math.nan)
+    progress = min(1.0, max(shares(config, step, episodes, seconds)))
+    state: State = "died"
+    if is_held(run_dir) if running is None else running:
+        state = "running"
+    elif progress >= 1:
+        state = "finished"
+    elif (run_dir / "checkpoints" / "latest").resolve().stem == f"step_{step:012d}":
+        state = "stopped"
+    return Standing(
+        run_dir=run_dir,
+        config=config,
+        state=state,
+        global_step=step,
+        frames=int(_number(row, "frames")),
+        episodes=episodes,
+        minutes=seconds / 60,
+        progress=progress,
+        mean_score=score if math.isfinite(score) else None,
+        best=max(evaluations(run_dir), default=None),
+    )
+
+
+def _number(row: Mapping[str, str], name: str, default: float = 0.0) -> float:
+    try:
+        return float(row.get(name, ""))
+    except ValueError:
+        return default
+
+
+def shares(config: RunConfig, global_step: int, episodes: int, wall_seconds: float) -> list[float]:
+    """How much of each of its limits a run has used up."""
+    return [
+        global_step / config.total_steps,
+        episodes / config.total_episodes if config.total_episodes else 0.0,
+        wall_seconds / (60 * config.total_minutes) if config.total_minutes else 0.0,
+    ]
+
+
+def evaluations(run_dir: Path) -> list[float]:
+    """Mean scores of a run's evaluations, those during training and the one in eval.json."""
+    found = [_number(row, "mean", math.nan) for row in read_rows(run_dir / "evaluations.csv")]
+    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # none, or a damaged one
+        found.append(float(read_json(run_dir / "eval.json")["mean"]))
+    return [mean for mean in found if math.isfinite(mean)]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder, the newest last."""
+    homes = {config.parent for config in folder.glob("*/config.json")}
+    return sorted(homes, key=lambda home: ((home / "config.json").stat().st_mtime, home.name))
+
+
+def find(words: Sequence[str | Path], home: Path = RUNS) -> list[Path]:
+    """The folders of the runs that were named, each once.
+
+    A word is a run's folder; a folder of runs; the name of one in `home`; or a preset, for all its runs in `home`.
+    UserError for a word that is none of these.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        found |= dict.fromkeys(_named(str(word), home))
+    return list(found)
+
+
+def _named(word: str, home: Path) -> Iterable[Path]:
+    for path in (Path(word), home / word):
+        if (path / "config.json").exists():
+            return [path]
+        if path.is_dir() and (inside := runs_in(path)):
+            return inside
+    there = runs_in(home)
+    if word in PRESETS:
+        if of_preset := [run_dir for run_dir in there if read_json(run_dir / "config.json").get("preset") == word]:
+            return of_preset
+        raise UserError(f"there is no run of the preset {word} in {home}")
+    if Path(word).is_dir():
+        raise UserError(f"{word} is not a run's folder, and there is none in it")
+    hint = did_you_mean(word, [*(run_dir.name for run_dir in there), *PRESETS])
+    raise UserError(f"{word} is no run: {hint}name a run's folder, one in {home}, or a preset")
+
+
+def table(standings: Sequence[Standing]) -> str:
+    """The runs as lines for a terminal, under a line of headings."""
+    rows: list[tuple[str, ...]] = [("run", "preset", "seed", "state", "steps", "minutes", "done", "last 100", "best")]
+    for run in standings:
+        scores = ("-" if score is None else f"{score:,.1f}" for score in (run.mean_score, run.best))
+        amounts = f"{run.global_step:,}", f"{run.minutes:.1f}", f"{run.progress:.0%}"
+        rows.append((run.run_dir.name, run.config.preset, str(run.config.seed), run.state, *amounts, *scores))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, 1, 3) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
