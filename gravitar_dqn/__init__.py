@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gravitar_dqn.agents.randal_trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
     from gravitar_dqn.encoders import MLP, NatureCNN
     from gravitar_dqn.networks import PredictorCNN, PredictorMLP
+    from gravitar_dqn.player import Player, load_agent
     from gravitar_dqn.rnd import RewardForwardFilter, RunningMeanStd
 
 _HOMES = {
@@ -22,12 +23,14 @@ _HOMES = {
     "gravitar_dqn.agents.randal_trainer": ("GAE", "NSTEP", "RANDALTrainer", "RANDALTrainerConfig"),
     "gravitar_dqn.encoders": ("MLP", "NatureCNN"),
     "gravitar_dqn.networks": ("PredictorCNN", "PredictorMLP"),
+    "gravitar_dqn.player": ("Player", "load_agent"),
     "gravitar_dqn.rnd": ("RewardForwardFilter", "RunningMeanStd"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["GAE", "MLP", "NSTEP", "RANDAL", "DQNAgent", "NatureCNN", "PPOConfig", "PPOIntrinsic", "PredictorCNN"]
-__all__ += ["PredictorMLP", "RANDALTrainer", "RANDALTrainerConfig", "RewardForwardFilter", "RunningMeanStd"]
+__all__ = ["GAE", "MLP", "NSTEP", "RANDAL", "DQNAgent", "NatureCNN", "PPOConfig", "PPOIntrinsic", "Player"]
+__all__ += ["PredictorCNN", "PredictorMLP", "RANDALTrainer", "RANDALTrainerConfig", "RewardForwardFilter"]
+__all__ += ["RunningMeanStd", "load_agent"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
 
 import tyro
 
@@ -28,9 +27,6 @@ from gravitar_dqn.run_dir import claimed, how_to_train
 from gravitar_dqn.serialization import flatten, to_dict
 from gravitar_dqn.sweep_plan import as_options, for_snapshots, label, read_settings
 from gravitar_dqn.telemetry import CsvLog
-
-if TYPE_CHECKING:
-    from gravitar_dqn.training import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "stage outcome seconds global_step said".split()
@@ -123,12 +119,12 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
     """
     began = monotonic()
     config = read([*arguments_of(options), f"--device={options.device}"])
-    from gravitar_dqn.training import Stop, check_machine
+    from gravitar_dqn.training import check_machine
 
     check_machine(config)
     asked = {name: value for name, value in asdict(options).items() if name not in ("dir", "piece_minutes")}
     asked["settings"] = label(read_settings(options.settings, "--settings", OWN, "a campaign"))
-    with claimed(options.dir / "campaign.json", asked, "a campaign"), Stop() as stop:
+    with claimed(options.dir / "campaign.json", asked, "a campaign"), processes.Stop() as stop:
         campaign = Campaign(options, config, began, stop)
         try:
             campaign.work()
@@ -146,7 +142,7 @@ def run(options: CampaignConfig, read: Callable[[Sequence[str]], RunConfig]) -> 
 class Campaign:
     """One call's work on a campaign."""
 
-    def __init__(self, options: CampaignConfig, config: RunConfig, began: float, stop: Stop) -> None:
+    def __init__(self, options: CampaignConfig, config: RunConfig, began: float, stop: processes.Stop) -> None:
         self._options, self._config, self._stop = options, config, stop
         self._path = options.dir / "campaign.csv"
         self._log = CsvLog(self._path, COLUMNS, last_step=sys.maxsize)

@@ -47,12 +47,8 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     home = folder(run_dir)
     home.mkdir(parents=True, exist_ok=True)
     path = home / f"step_{global_step:012d}.pt"
-    try:
-        with written_whole(path) as temporary:
-            torch.save({"format": FORMAT, **state}, temporary)
-        _point_to(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        raise OSError(f"checkpoint not written: {error}") from error
+    write(path, state)
+    _point_to("latest", path)
     others = sorted(old for old in home.glob("step_*.pt") if old != path)
     earlier = [old for old in others if old < path]  # later ones were left by a kill before `latest` named them
     for old in set(others) - set(earlier[max(0, len(earlier) + 1 - keep) :]):
@@ -62,19 +58,44 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     return path
 
 
-def _point_to(path: Path) -> None:
-    """Let `latest` be this checkpoint."""
-    link = path.with_name("latest.tmp")
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` as a checkpoint's file; OSError, a full disk say, leaves what was there before."""
+    try:
+        with written_whole(path) as temporary:
+            torch.save({"format": FORMAT, **state}, temporary)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        raise OSError(f"checkpoint not written: {error}") from error
+
+
+def keep_best(run_dir: Path, candidate: Path, global_step: int) -> None:
+    """Let the file `candidate` be the best checkpoint, `best`, in the place of the one before it."""
+    path = folder(run_dir) / f"best_{global_step:012d}.pt"
+    candidate.replace(path)
+    _point_to("best", path)
+    for old in set(folder(run_dir).glob("best_*.pt")) - {path}:
+        old.unlink(missing_ok=True)
+
+
+def best_of(run_dir: Path) -> Path:
+    """The best checkpoint of those that were evaluated while the run trained; UserError when there is none."""
+    if found := sorted(folder(run_dir).glob("best_*.pt")):
+        return found[-1]
+    raise UserError(f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains")
+
+
+def _point_to(name: str, path: Path) -> None:
+    """Let `name`, a link beside it, be this checkpoint."""
+    link = path.with_name(f"{name}.tmp")
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
-    link.replace(path.with_name("latest"))
+    link.replace(path.with_name(name))
 
 
 def mend(run_dir: Path) -> None:
     """Make `latest` again after a copy of the run's folder, which may have lost the link or made a file of it."""
     paths = sorted(folder(run_dir).glob("step_*.pt"))
     if paths and not ((link := folder(run_dir) / "latest").is_symlink() and link.exists()):
-        _point_to(paths[-1])
+        _point_to("latest", paths[-1])
 
 
 def load(run_dir: Path, device: torch.device | str = "cpu", *, damaged: list[NotWhole] | None = None) -> dict[str, Any]:

@@ -6,32 +6,35 @@ Torch and the games are imported only by what needs them, so that `--help` answe
 from __future__ import annotations
 
 import contextlib
-import io
+import logging
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from gravitar_dqn.arguments import parse
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig, bounded
 from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
-from gravitar_dqn.run_dir import check_free, load_run
-from gravitar_dqn.serialization import check_bounds, differences, flatten, to_dict, validate
+from gravitar_dqn.processes import Stop
+from gravitar_dqn.run_dir import check_free, commit, load_run
+from gravitar_dqn.runs import find_one
+from gravitar_dqn.serialization import check_bounds, differences, validate
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from gravitar_dqn.trained import Trained
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ class PlayArguments:
     """Who plays how many games, and how."""
 
     run_dir: tyro.conf.Positional[str] = ""
-    """The run's folder."""
+    """The run's folder, or its name in runs/."""
     pretrained: str | None = None
     """Instead of a run: the name of weights that ship with the package."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """A run's newest checkpoint, or the best of those that --eval-every evaluated while it trained."""
     episodes: int = bounded(100, low=1)
     """Games to play."""
     epsilon: float = bounded(0.001, high=1)
@@ -69,6 +74,8 @@ class EvaluateArguments(PlayArguments):
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    max_steps: int = bounded(0)
+    """Cut a game off after this many agent steps, as an idle agent's that would never end; 0: as in training."""
     snapshots: int = bounded(0)
     """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
 
@@ -95,46 +102,6 @@ class DashboardArguments:
     """Stop the server on the port, also one that training started."""
     prepare: bool = False
     """Only fetch the browser files, for a start without internet."""
-
-
-def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
-    """tyro's parser, with every mistake as one UserError line; `--help` prints and exits."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            options: dict[str, Any] = {} if default is None else {"default": default}
-            result, unknown = tyro.cli(
-                build, args=list(argv), prog=prog, description=description, return_unknown_args=True, **options
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        lines = [" ".join(line.split()) for line in words.splitlines()]
-        message = [
-            line for line in lines if line.strip("-+ ") and "full helptext" not in line and line != f"{prog} --help"
-        ]
-        message = message[1 : message.index("Argument helptext:")] if "Argument helptext:" in message else message[1:]
-        raise UserError(f"{' '.join(message) or 'the arguments do not fit'} ({prog} --help lists all)") from None
-    if unknown:
-        raise UserError(unknown_option(unknown[0], build, default, prog))
-    return result
-
-
-def unknown_option(option: str, build: Callable[..., Any], default: Any, prog: str) -> str:
-    """One line that names the option and the nearest one there is."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(build, args=["--help"], prog=prog, **({} if default is None else {"default": default}))
-    known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
-    if option in PRESETS and build is TrainArguments:
-        return f"the preset comes first: {prog} {option} [options], and there is only one"
-    name = option.split("=")[0].removeprefix("--").replace("-", "_")
-    if build is TrainArguments and (owners := [p for p, config in PRESETS.items() if name in flatten(to_dict(config))]):
-        return f"{option} is a setting of other presets, which come first: {prog} {owners[0]} {option} ..."
-    kind = "option" if option.startswith("-") else "argument"
-    near = did_you_mean(option.split("=")[0].replace("_", "-"), known).strip()
-    return f"unknown {kind} {option!r}: {near or f'{prog} --help lists all'}"
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -192,25 +159,33 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
     return train(config, run_dir, resume=saved is not None, show_times=arguments.profile)
 
 
-def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> None:
+def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
     check_bounds(arguments, "--")
-    run_dir = Path(arguments.run_dir)
     if arguments.snapshots and not arguments.run_dir:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     trained = load_trained(arguments, prog)
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
     from gravitar_dqn.execution import choose_device
 
-    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed")}
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed", "max_steps")}
     how["device"] = choose_device(arguments.device)
-    result = evaluate(trained, **how)
-    if arguments.run_dir:
-        write_json(run_dir / "eval.json", result)
-    print(table(result))
-    if arguments.snapshots:
+    with Stop() as stop:
+        result = evaluate(trained, **how, interrupted=lambda: stop.requested)
+    partial = stop.requested and result["episodes"] < arguments.episodes
+    lines = [table(result)]
+    if arguments.run_dir:  # what is known of all games is not lost to what is known of a few
+        run_dir = find_one(arguments.run_dir)
+        name = "eval" + "_best" * (arguments.checkpoint == "best") + "_partial" * partial + ".json"
+        write_json(run_dir / name, result)
+        lines.append(f"written to {run_dir / name}")
+    print("\n".join(lines))
+    if partial:
+        log.info("stopped after %d of %d games: long games are missing", result["episodes"], arguments.episodes)
+    elif arguments.snapshots:
         print(snapshot_table(evaluate_snapshots(run_dir, arguments.snapshots, **how)))
+    return stop.exit_code if partial else 0
 
 
 def load_trained(arguments: PlayArguments, prog: str) -> Trained:
@@ -221,10 +196,15 @@ def load_trained(arguments: PlayArguments, prog: str) -> Trained:
     if run_dir and not Path(run_dir).exists() and (PRETRAINED / f"{run_dir}.safetensors").exists():
         raise UserError(f"{run_dir} is no run's folder, but weights of that name ship: {prog} --pretrained {run_dir}")
     if run_dir:
-        load_run(Path(run_dir))  # a wrong folder is known before torch is loaded
-    from gravitar_dqn import trained
+        home = find_one(run_dir)
+        load_run(home)  # a wrong folder is known before torch is loaded
+    elif arguments.checkpoint == "best":
+        raise UserError("--checkpoint best is a run's: weights that ship are one checkpoint")
+    from gravitar_dqn import checkpoint, trained
 
-    return trained.from_run(Path(run_dir)) if name is None else trained.from_pretrained(name)
+    if name is not None:
+        return trained.from_pretrained(name)
+    return trained.from_run(home, checkpoint.best_of(home) if arguments.checkpoint == "best" else None)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
@@ -323,6 +303,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 }
 
 
+SCRIPTS = {"evaluate": "eval", "benchmark": "bench"}  # names of files in scripts/ that are not the command's
+
+
 def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> int:
     """Run a command and return its exit code; an error that the user can mend is one line on standard error."""
     for name in ("stdout", "stderr"):
@@ -361,6 +344,10 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(f"gravitar-dqn {{{'|'.join(COMMANDS)}}} [options]; gravitar-dqn COMMAND --help tells more")
         sys.exit(0)
+    if name in ("-V", "--version"):
+        print("gravitar-dqn", *filter(None, [metadata.version("gravitar-dqn"), commit()]))
+        sys.exit(0)
+    name = SCRIPTS.get(name, name)
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)
         print(f"error: unknown command {name!r}: {hint}there are {', '.join(COMMANDS)}", file=sys.stderr)

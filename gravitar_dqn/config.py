@@ -256,6 +256,11 @@ class RunConfig:
         """What a stack holds before a game's first frame."""
         return "repeat" if self.env.obs_type == "ram" else "zero"  # of RAM the change since the step before is shown
 
+    @property
+    def first_update(self) -> int:
+        """Steps that are played before the first gradient step."""
+        return 0
+
     def check(self) -> None:
         """Raise UserError for settings that do not go together."""
 
@@ -272,10 +277,14 @@ class DQNRunConfig(RunConfig):
         """What a stack holds before a game's first frame."""
         return "repeat" if self.env.obs_type == "ram" else self.agent.stack_padding
 
+    @property
+    def first_update(self) -> int:
+        """Steps that are played before the first gradient step."""
+        return max(self.agent.learning_starts, self.agent.n_step * self.env.num_envs)
+
     def check(self) -> None:
         """Raise UserError for a replay buffer in which learning would never begin."""
-        agent = self.agent
-        needed = max(agent.learning_starts, agent.n_step * self.env.num_envs)
+        agent, needed = self.agent, self.first_update
         if agent.buffer_size <= needed:
             raise UserError(
                 f"agent.buffer_size is {agent.buffer_size}: learning would never begin, it must be above {needed} "
@@ -291,6 +300,12 @@ class PPORunConfig(RunConfig):
     agent: PPOSettings = field(default_factory=PPOSettings)
     rnd: PPORNDSettings = field(default_factory=PPORNDSettings)
     tasks: TaskSettings = field(default_factory=TaskSettings)
+
+    @property
+    def first_update(self) -> int:
+        """Steps that are played before the first gradient step."""
+        random_steps = self.rnd.init_steps if self.rnd.coef else 0
+        return (random_steps + self.agent.num_steps) * self.env.num_envs
 
     def check(self) -> None:
         """Raise UserError for a rollout that does not fall into minibatches."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gravitar_dqn import checkpoint, functional
 from gravitar_dqn.agents import entry_of
@@ -27,6 +31,7 @@ from gravitar_dqn.trained import Trained, from_run
 
 log = logging.getLogger(__name__)
 
+SAY_EVERY = 30.0  # seconds
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
 
 
@@ -103,10 +108,12 @@ def play_games(
     seed: int,
     max_steps: float = math.inf,
     interrupted: Callable[[], bool] = lambda: False,
+    on_score: Callable[[float], None] = lambda score: None,
 ) -> list[float]:
     """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often.
 
-    A game is cut off after `max_steps` agent steps. What ended before `interrupted` is returned then.
+    A game is cut off after `max_steps` agent steps. What ended before `interrupted` is returned then. `on_score` is
+    called with every score that counts.
     """
     num_envs = envs.num_envs
     quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
@@ -125,6 +132,8 @@ def play_games(
         policy.observe(actions, obs, played & ~cut)
         for i in np.flatnonzero(ended | cut):
             scores[i].append(float(score[i]))
+            if len(scores[i]) <= quota[i]:
+                on_score(float(score[i]))
             score[i], length[i] = 0.0, 0.0
         played = ~ended
     return [value for done, share in zip(scores, quota, strict=True) for value in done[:share]]
@@ -145,7 +154,9 @@ def bootstrap_interval(scores: npt.NDArray[np.float64], seed: int, resamples: in
     return float(low), float(high)
 
 
-def summarize(scores: list[float], config: RunConfig, *, epsilon: float, seed: int, global_step: int) -> dict[str, Any]:
+def summarize(
+    scores: list[float], config: RunConfig, *, epsilon: float, seed: int, global_step: int, max_steps: int = 0
+) -> dict[str, Any]:
     """The contents of eval.json."""
     array = np.array(scores)
     gravitar = "gravitar" in config.env.id.lower()
@@ -162,18 +173,58 @@ def summarize(scores: list[float], config: RunConfig, *, epsilon: float, seed: i
         "iqm_ci95": list(bootstrap_interval(array, seed)),
         "human_normalized": float((array.mean() - RANDOM_SCORE) / (HUMAN_SCORE - RANDOM_SCORE)) if gravitar else None,
         "returns": scores,
-    }
+    } | ({"max_steps": max_steps} if max_steps else {})
 
 
-def evaluate(trained: Trained, *, episodes: int, epsilon: float, seed: int, device: torch.device) -> dict[str, Any]:
-    """Play `episodes` whole games; returns eval.json's contents."""
+class Progress:
+    """Games played so far and their mean: a bar at a terminal, elsewhere a line of the log every half minute."""
+
+    def __init__(self, episodes: int) -> None:
+        self._scores: list[float] = []
+        self._episodes, self._said = episodes, time.monotonic()
+        self._bar = tqdm(total=episodes, unit=" games", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+        self._bar.refresh()
+
+    def add(self, score: float) -> None:
+        """Another game has ended."""
+        self._scores.append(score)
+        mean = f"mean score {np.mean(self._scores):,.1f}"
+        self._bar.set_postfix_str(mean, refresh=False)
+        self._bar.update()
+        if self._bar.disable and time.monotonic() - self._said >= SAY_EVERY:
+            log.info("%d of %d games, %s", len(self._scores), self._episodes, mean)
+            self._said = time.monotonic()
+
+    def close(self) -> None:
+        """Take the bar away: the table follows."""
+        self._bar.close()
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    episodes: int,
+    epsilon: float,
+    seed: int,
+    device: torch.device,
+    max_steps: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Play `episodes` whole games; returns eval.json's contents.
+
+    Games are cut off after `max_steps` agent steps, where that is not 0. After `interrupted` it is what the games say
+    that had ended by then; UserError when there is none.
+    """
     config = trained.config
     network = load_policy(config, trained.weights, device)
     envs = make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
     policy = Policy(config, network, spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
-    scores = play_games(envs, policy, episodes, seed)
-    envs.close()
-    return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=trained.global_step)
+    with contextlib.closing(envs), contextlib.closing(Progress(episodes)) as progress:
+        scores = play_games(envs, policy, episodes, seed, max_steps or math.inf, interrupted, progress.add)
+    if not scores:
+        raise UserError("stopped before a game had ended: nothing is known of its scores")
+    step = trained.global_step
+    return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=step, max_steps=max_steps)
 
 
 def table(result: dict[str, Any]) -> str:

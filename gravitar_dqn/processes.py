@@ -1,4 +1,4 @@
-"""What a sweep and a campaign share: commands as processes with logs."""
+"""Signals that stop this process, and commands of this package as other processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,42 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self._number = 0  # of the signal
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        return self._number > 0
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that a signal ended returns to the shell; 0 without one."""
+        return 128 + self._number if self._number else 0
+
+    def __enter__(self) -> Stop:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def available_cores() -> list[int]:

@@ -10,16 +10,9 @@ every emulator frame of a long game that is gigabytes.)
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import logging
-import os
-import queue
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +32,7 @@ from gravitar_dqn.overlay import Overlay
 from gravitar_dqn.presets import from_dict
 from gravitar_dqn.serialization import to_dict
 from gravitar_dqn.telemetry import Console
+from gravitar_dqn.worker import Worker, serve
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +123,7 @@ class Recorder:
 
     def __init__(self, config: RunConfig, home: Path, agent: Agent, console: Console) -> None:
         self._config, self._home, self._agent, self._console = config, home, agent, console
-        self._process: subprocess.Popen[str] | None = None
-        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._busy = False
+        self._worker = Worker("gravitar_dqn.recording", "no more videos: the recording process ended")
         self._enabled = config.video_every > 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -139,56 +131,35 @@ class Recorder:
         """Collect a finished film; order the next one when an episode calls for it."""
         if not self._enabled:
             return
-        if self._busy:
+        if self._worker.busy:
             self._collect()
         for episode in episodes:
-            if episode.number % self._config.video_every == 0 and not self._busy and self._enabled:
+            if episode.number % self._config.video_every == 0 and not self._worker.busy and self._enabled:
                 self._order(episode.number)
 
     def _order(self, number: int) -> None:
         try:
-            if self._process is None:
-                self._start()
-            assert self._scratch is not None and self._process is not None and self._process.stdin is not None
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="gravitar_dqn_")
             weights = Path(self._scratch.name) / "policy.pt"
             torch.save(self._agent.policy_state(), weights)
-            order = {
-                "config": to_dict(self._config),
-                "weights": str(weights),
-                "home": str(self._home),
-                "number": number,
-                "epsilon": self._agent.epsilon,
-                "seed": self._config.seed + number,
-            }
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            self._busy = True
+            self._worker.order(
+                {
+                    "config": to_dict(self._config),
+                    "weights": str(weights),
+                    "home": str(self._home),
+                    "number": number,
+                    "epsilon": self._agent.epsilon,
+                    "seed": self._config.seed + number,
+                }
+            )
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self._give_up(f"no more videos: {error}")
 
-    def _start(self) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="gravitar_dqn_")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gravitar_dqn.recording"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the training process
-        )
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-
-    def _listen(self, answers: Any) -> None:
-        for line in answers:
-            self._answers.put(json.loads(line))
-        self._answers.put({"error": "no more videos: the recording process ended"})
-
     def _collect(self, timeout: float = 0.0) -> None:
-        try:
-            answer = self._answers.get(timeout=timeout) if timeout else self._answers.get_nowait()
-        except queue.Empty:
+        answer = self._worker.answer(timeout)
+        if answer is None:
             return
-        self._busy = False
         if "error" in answer:
             self._give_up(answer["error"])
         else:
@@ -200,16 +171,13 @@ class Recorder:
 
     def close(self) -> None:
         """Wait a little for a film in the making, then end the process."""
-        if self._process is None:
-            return
-        if self._busy:
+        if self._worker.busy:
             self._collect(timeout=15.0)
-        self._process.kill()
-        self._process.wait()
-        for torn in self._home.glob("*.part.mp4"):
-            torn.unlink(missing_ok=True)
-        assert self._scratch is not None
-        self._scratch.cleanup()
+        self._worker.close()
+        if self._scratch is not None:
+            for torn in self._home.glob("*.part.mp4"):
+                torn.unlink(missing_ok=True)
+            self._scratch.cleanup()
 
 
 def _film(order: dict[str, Any]) -> dict[str, Any]:
@@ -225,30 +193,12 @@ def _film(order: dict[str, Any]) -> dict[str, Any]:
     return {"number": number, "score": score}
 
 
-def _stand_back() -> None:
-    """Take only processor time that nobody else wants: training comes first."""
-    with contextlib.suppress(OSError):
-        if sys.platform == "linux":
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.nice(19)
-
-
 def main() -> None:
-    """The recording process: an order a line on standard input, an answer a line on standard output."""
-    _stand_back()
+    """The recording process."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is not an answer
-    order: dict[str, Any] = {"weights": "/nowhere/nothing"}
-    for line in io.TextIOWrapper(sys.stdin.buffer):
-        order = json.loads(line)
-        try:
-            answers.write(json.dumps(_film(order)) + "\n")
-            answers.flush()
-        except OSError:  # training was killed: nobody else will clear up
-            break
-    shutil.rmtree(Path(order["weights"]).parent, ignore_errors=True)
+    order = serve(_film)
+    if order is not None:  # training was killed: nobody else will clear up
+        shutil.rmtree(Path(order["weights"]).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def standing(run_dir: Path, *, running: bool | None = None) -> Standing:
         minutes=seconds / 60,
         progress=progress,
         mean_score=score if math.isfinite(score) else None,
-        best=max(evaluations(run_dir), default=None),
+        best=best_score(run_dir),
     )
 
 
@@ -97,12 +97,19 @@ def shares(config: RunConfig, global_step: int, episodes: int, wall_seconds: flo
     ]
 
 
-def evaluations(run_dir: Path) -> list[float]:
-    """Mean scores of a run's evaluations, those during training and the one in eval.json."""
-    found = [_number(row, "mean", math.nan) for row in read_rows(run_dir / "evaluations.csv")]
-    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # none, or a damaged one
-        found.append(float(read_json(run_dir / "eval.json")["mean"]))
-    return [mean for mean in found if math.isfinite(mean)]
+def evaluations(path: Path) -> list[float]:
+    """Mean scores of the evaluations during training, in the order of evaluations.csv."""
+    means = [_number(row, "mean", math.nan) for row in read_rows(path)]
+    return [mean for mean in means if math.isfinite(mean)]
+
+
+def best_score(run_dir: Path) -> float | None:
+    """The highest mean score of a run's evaluations, those during training and later ones."""
+    found = evaluations(run_dir / "evaluations.csv")
+    for name in ("eval.json", "eval_best.json"):
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # none, or a damaged one
+            found.append(float(read_json(run_dir / name)["mean"]))
+    return max(found, default=None)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -121,6 +128,15 @@ def find(words: Sequence[str | Path], home: Path = RUNS) -> list[Path]:
     for word in words:
         found |= dict.fromkeys(_named(str(word), home))
     return list(found)
+
+
+def find_one(word: str | Path, home: Path = RUNS) -> Path:
+    """The folder of the one run that was named; UserError where several fit."""
+    first, *others = find([word], home)
+    if others:
+        names = ", ".join(run_dir.name for run_dir in (first, *others))
+        raise UserError(f"{word} stands for {1 + len(others)} runs, name one of them: {names}")
+    return first
 
 
 def _named(word: str, home: Path) -> Iterable[Path]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_line, read_json, read_rows, wall_seconds
-from gravitar_dqn.processes import command_line, package_command, start
+from gravitar_dqn.processes import Stop, command_line, package_command, start
 from gravitar_dqn.run_dir import claimed, how_to_train
 from gravitar_dqn.sweep_plan import Job, SweepConfig
 from gravitar_dqn.telemetry import CsvLog
@@ -48,7 +48,7 @@ def bind(cores: Iterable[int]) -> None:
 
 def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[int]]) -> int:
     """Train and evaluate what is not in sweep.csv yet, and print a table of all. 1 when a run failed, else 0."""
-    from gravitar_dqn.training import Stop, check_machine
+    from gravitar_dqn.training import check_machine
 
     for job in {job.key[:2]: job for job in jobs}.values():
         try:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,8 +16,9 @@ from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.dashboard.thread import Dashboard, check_address
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
-from gravitar_dqn.envs import EnvSpec, find_game, make_envs, spec_of
+from gravitar_dqn.envs import EnvSpec, find_game, is_atari, make_envs, spec_of
 from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, UserError
+from gravitar_dqn.evaluator import Evaluator
 from gravitar_dqn.execution import (
     check_execution,
     choose_device,
@@ -32,7 +31,8 @@ from gravitar_dqn.execution import (
 )
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
-from gravitar_dqn.processes import command_line
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.processes import Stop, command_line
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.run_dir import cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.serialization import to_dict
@@ -45,38 +45,6 @@ PICTURES_ON_A_CPU = (
     "pictures learn slowly on a CPU. RAM learns faster there: the preset gravitar-ram plays more "
     "than twice as many steps a second and learns four times as many samples from each"
 )
-
-
-class Stop:
-    """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self._number = 0  # of the signal
-
-    @property
-    def requested(self) -> bool:
-        """Whether to stop."""
-        return self._number > 0
-
-    @property
-    def exit_code(self) -> int:
-        """What a process that a signal ended returns to the shell; 0 without one."""
-        return 128 + self._number if self._number else 0
-
-    def __enter__(self) -> Stop:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class Checkpointer:
@@ -102,16 +70,21 @@ class Checkpointer:
         OSError when it cannot be written; NotFinite when what it would hold has NaN or infinity.
         """
         self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
+        state = self.state(replay=self._config.checkpoint_replay)
+        checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
+        self.saved_step = self._agent.global_step
+
+    def state(self, *, replay: bool = False) -> dict[str, Any]:
+        """What a checkpoint of this moment holds; NotFinite when there is NaN or infinity in it."""
         state = {
             "config": to_dict(self._config),
-            "agent": self._agent.state_dict(replay=self._config.checkpoint_replay),
+            "agent": self._agent.state_dict(replay=replay),
             "tracker": self._tracker.state_dict(),
             "console": self._console.state_dict(),
         }
         if name := checkpoint.not_finite(state):
             raise NotFinite(f"{name} holds NaN or infinity")
-        checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
-        self.saved_step = self._agent.global_step
+        return state
 
     def save_first(self) -> None:
         """`save`, so that a kill leaves something whole to resume from; UserError when that cannot be."""
@@ -150,7 +123,10 @@ def follow(
                 frames_per_step=spec.frames_per_step,
             )
             tracker = Tracker(run_dir, config, agent, spec.frames_per_step, state.get("tracker"))
-            others = [*further()]
+            console = Console(agent, state.get("console"))
+            checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
+            evaluator = Evaluator(run_dir, config, agent, checkpointer.state, resumed=bool(state))
+            others = [evaluator, *further()]
         except OSError as error:
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
@@ -160,11 +136,10 @@ def follow(
         video_dir = Path(config.video_dir) / run_dir.name
         if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
             closing.callback(dashboard.close)
-        console = Console(agent, state.get("console"))
-        checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
         recorder = Recorder(config, video_dir, agent, console)
         closing.enter_context(tracker)
         closing.callback(recorder.close)
+        closing.callback(evaluator.close)
         yield tracker, checkpointer, [console, tracker, recorder, checkpointer, *others]
 
 
@@ -187,7 +162,24 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     spec = spec_of(envs)
     if device.type == "cpu" and spec.kind == "picture" and config.preset == "gravitar":
         log.info(PICTURES_ON_A_CPU)
+    for complaint in doubts(config):
+        log.warning(complaint)
     return envs, entry_of(config).make(config, spec, device)
+
+
+def doubts(config: RunConfig) -> Iterator[str]:
+    """What is allowed, but hardly meant."""
+    if config.total_steps <= config.first_update:
+        yield (
+            f"the run ends after {config.total_steps} steps and learns nothing: learning begins after "
+            f"{config.first_update}"
+        )
+    meant = PRESETS[config.preset].env if config.preset in PRESETS else config.env
+    if is_atari(find_game(meant)) != is_atari(find_game(config.env)):
+        yield (
+            f"the preset {config.preset} has settings for {meant.id}, {config.env.id} is a game of another kind: "
+            "another preset may learn better"
+        )
 
 
 def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> int:

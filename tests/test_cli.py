@@ -58,9 +58,21 @@ MISTAKES = {
         "pixel control needs pictures, not numbers: the preset randal-cartpole",
     ),
     "second preset": (["cartpole", "breakout"], "the preset comes first: train.py breakout [options]"),
+    "option without its group": (
+        ["--learning-rate", "1"],
+        "unknown option '--learning-rate': did you mean --agent.learning-rate or --rnd.learning-rate?",
+    ),
+    "initials": (["--agent.lr=1"], "unknown option '--agent.lr=1': did you mean --agent.learning-rate?"),
+    "another group": (["--agent.num-envs", "1"], ".*: did you mean --env.num-envs?"),
+    "one word of it": (["cartpole", "--envs", "1"], ".*'--envs': did you mean --env.num-envs?"),
+    "nothing like it in the group": (["cartpole", "--agent.zzz", "1"], ".*'--agent.zzz': train.py --help lists all"),
+    "preset as an option": (["--preset", "randal"], "the preset comes first: train.py randal [options]"),
+    "preset after =": (["--preset=ppo"], "the preset comes first: train.py ppo [options]"),
     "no value": (["cartpole", "--seed"], "Missing value for argument '--seed'"),
-    "word for a number": (["cartpole", "--seed", "x"], "Error parsing --seed: .*'x' (train.py --help lists all)"),
-    "fraction": (["cartpole", "--agent.batch-size", "1.5"], "Error parsing --agent.batch-size: .*'1.5'"),
+    "word for a number": (["cartpole", "--seed", "x"], "Error parsing --seed: 'x' is no whole number, such as 1000000"),
+    "fraction": (["cartpole", "--agent.batch-size", "1.5"], "Error parsing --agent.batch-size: '1.5' is no whole num"),
+    "tiny power": (["cartpole", "--total-steps", "1e-3"], ".*'1e-3' is no whole number, such as 1000000, 1_000_000 or"),
+    "huge power": (["cartpole", "--total-steps", "1e999999999"], ".*'1e999999999' is no whole number"),
     "choice": (["cartpole", "--precision", "fp16"], ".*'fp16' .*--precision.*('auto', 'fp32', 'bf16')"),
     "switch": (["cartpole", "--agent.double-q", "maybe"], "unknown argument 'maybe'"),
     "number too low": (["cartpole", "--env.num-envs", "0"], "env.num_envs is 0: it must be finite and at least 1"),
@@ -382,6 +394,27 @@ def test_the_installed_command_names_an_unknown_command(
     assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown command 'trian': did you mean train? ")
 
 
+def test_the_installed_command_tells_its_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gravitar-dqn", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert re.match(r"gravitar-dqn \d+\.\d+\.\d+( \S+)?\n$", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("script", ["evaluate", "benchmark"])
+def test_the_installed_command_knows_the_names_of_the_scripts(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (ROOT / "scripts" / f"{script}.py").exists()
+    monkeypatch.setattr(sys, "argv", ["gravitar-dqn", script, "--nonsense"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown option '--nonsense'")
+
+
 def test_help_names_presets_and_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
     for preset, default in (("gravitar", "ALE/Gravitar-v5"), ("notebook", "Gravitar-v0"), ("cartpole", "CartPole-v1")):
         assert train(preset, "--help") == 0
@@ -425,6 +458,12 @@ def test_a_run_ends_after_its_games_or_steps(capsys: pytest.CaptureFixture[str])
     assert train("cartpole", *SMALL, *QUIET, "--env.num-envs", 4, "--total-steps", 60, "--run-dir", "b") == 0
     assert 60 <= rows(Path("b/metrics.csv"))[-1]["global_step"] < 64
     assert "stopped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["1000000", "1_000_000", "1e6", "1E6", "1.0e6", "+1e6"])
+def test_numbers_are_read_as_people_write_them(word: str) -> None:
+    arguments, _ = cli.parse_train(["cartpole", "--total-steps", word, "--env.num-envs", "1e1"], "train.py")
+    assert (arguments.config.total_steps, arguments.config.env.num_envs) == (1_000_000, 10)
 
 
 @pytest.mark.parametrize(

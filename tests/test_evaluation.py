@@ -1,6 +1,8 @@
 """Evaluation: the statistics against hand-computed numbers, and games counted fairly."""
 
 import json
+import logging
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from run_helpers import CARTPOLE, train
 
-from gravitar_dqn import cli
+from gravitar_dqn import cli, evaluation
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import (
@@ -207,3 +209,72 @@ def test_the_policy_sees_the_four_newest_frames_of_its_game(padding: Any, start:
         padded = [0 if padding == "zero" else first] * 3 + shown
         assert seen(0) == padded[-4:]
         assert seen(1)[-1] == 2 * step
+
+
+def evaluate(*words: object) -> int:
+    return cli.run(cli.evaluate_command, [str(word) for word in words], "evaluate.py")
+
+
+def test_scores_that_count_are_told_as_they_come() -> None:
+    told: list[float] = []
+    watcher: Any = Watcher(3)
+    scores = play_games(Games(2, 40, 5), watcher, 7, seed=0, on_score=told.append)
+    assert sorted(told) == sorted(scores), "a game beyond an environment's share was told too"
+    assert told[0] == 2
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO, "gravitar_dqn")
+    progress = evaluation.Progress(3)
+    for score, seconds in ((100, 10), (300, 25), (800, 5)):
+        now[0] += seconds
+        progress.add(score)
+    progress.close()
+    assert [record.getMessage() for record in caplog.records] == ["2 of 3 games, mean score 200.0"]
+
+
+def test_ctrl_c_keeps_the_games_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    assert evaluate(run_dir, "--episodes", 3) == 0
+    before = (run_dir / "eval.json").read_bytes()
+    played = evaluation.play_games
+
+    def interrupted(*args: Any, **kwargs: Any) -> list[float]:
+        def raise_signal(score: float) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        return played(*args[:6], raise_signal, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "play_games", interrupted)
+        assert evaluate(run_dir, "--episodes", 40) == 130
+    partial = json.loads((run_dir / "eval_partial.json").read_text())
+    assert 1 <= partial["episodes"] == len(partial["returns"]) < 40
+    assert (run_dir / "eval.json").read_bytes() == before, "an evaluation of all games was lost"
+    told = capsys.readouterr()
+    assert f"stopped after {partial['episodes']} of 40 games: long games are missing" in told.err
+    assert "eval_partial.json" in told.out
+
+
+def test_ctrl_c_before_a_game_has_ended_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "play_games", lambda *args: [])
+        assert evaluate(run_dir) == 2
+    assert "stopped before a game had ended" in capsys.readouterr().err
+    assert not list(run_dir.glob("eval*.json"))
+
+
+def test_games_are_cut_off_after_the_steps_asked_for(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    assert evaluate(run_dir, "--episodes", 4, "--max-steps", 5) == 0
+    result = json.loads((run_dir / "eval.json").read_text())
+    assert result["returns"] == [5.0] * 4
+    assert result["max_steps"] == 5

@@ -24,7 +24,6 @@ from gravitar_dqn import (
     PredictorMLP,
     RANDALTrainer,
     checkpoint,
-    training,
 )
 from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
 from gravitar_dqn.agents.randal_trainer import Every
@@ -33,6 +32,7 @@ from gravitar_dqn.envs import config_of, make_envs
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import play_games
 from gravitar_dqn.networks import ActorCritic
+from gravitar_dqn.processes import Stop
 from gravitar_dqn.run_dir import load_run
 
 
@@ -196,7 +196,7 @@ def test_a_stopped_run_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = RANDALTrainer(probes.vector_of(probes.Both, 4), vector_agent(), None, config(tmp_path))
-    monkeypatch.setattr(training.Stop, "__init__", lambda self: setattr(self, "_number", signal.SIGINT))
+    monkeypatch.setattr(Stop, "__init__", lambda self: setattr(self, "_number", signal.SIGINT))
     trainer.train()
     assert f"go on with: RANDALTrainer(...).train(resume='{trainer.run_dir}')" in capsys.readouterr().err
 

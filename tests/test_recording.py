@@ -225,7 +225,7 @@ def make_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: DQNRu
 def wait_for(recorder: Recorder) -> None:
     """Step until the film that was ordered is there."""
     deadline = time.monotonic() + PATIENCE
-    while recorder._busy:
+    while recorder._worker.busy:
         assert time.monotonic() < deadline, "no film in time"
         recorder.step([])
         time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_every_25th_episode_is_filmed_by_another_process_that_ends(
 ) -> None:
     recorder = make_recorder(tmp_path, monkeypatch)
     recorder.step([Episode(number, number, 0.0, 1) for number in range(1, 25)])
-    assert recorder._process is None, "nothing was to be filmed yet"
+    assert recorder._worker._process is None, "nothing was to be filmed yet"
     began = time.monotonic()
     recorder.step([Episode(25, 25, 0.0, 1)])
     assert time.monotonic() - began < 0.5, "training waited"
@@ -244,7 +244,7 @@ def test_every_25th_episode_is_filmed_by_another_process_that_ends(
     wait_for(recorder)
     recorder.step([Episode(74, 74, 0.0, 1), Episode(75, 75, 0.0, 1)])
     wait_for(recorder)
-    process = recorder._process
+    process = recorder._worker._process
     recorder.close()
     assert process is not None and process.poll() is not None, "the process lives on"
     assert everything(tmp_path / "scratch") == []
@@ -268,7 +268,7 @@ def test_closing_in_the_middle_of_a_film_leaves_nothing(tmp_path: Path, monkeypa
     recorder.step([Episode(0, 0, 0.0, 1)])
     deadline = time.monotonic() + PATIENCE
     while not list((tmp_path / "videos").glob("*.part.mp4")):
-        assert time.monotonic() < deadline and recorder._busy
+        assert time.monotonic() < deadline and recorder._worker.busy
         time.sleep(0.005)
     monkeypatch.setattr(recorder, "_collect", lambda timeout=0.0: None)  # do not wait for the film
     recorder.close()
@@ -284,8 +284,8 @@ def test_a_recording_process_that_dies_costs_one_warning(
     show_log()
     recorder = make_recorder(tmp_path, monkeypatch)
     recorder.step([Episode(0, 0, 0.0, 1)])
-    assert recorder._process is not None
-    recorder._process.kill()
+    assert recorder._worker._process is not None
+    recorder._worker._process.kill()
     wait_for(recorder)
     recorder.step([Episode(25, 25, 0.0, 1)])
     recorder.close()

@@ -14,7 +14,7 @@ from visdom_helpers import METRICS, metrics_row, write_run
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_row
 from gravitar_dqn.run_dir import is_held, lock
-from gravitar_dqn.runs import evaluations, find, runs_in, standing, table
+from gravitar_dqn.runs import best_score, find, runs_in, standing, table
 
 
 def saved_at(run_dir: Path, step: int) -> None:
@@ -97,11 +97,10 @@ def test_a_run_that_has_just_begun_has_no_score(tmp_path: Path) -> None:
 
 def test_the_best_evaluation_is_the_best_of_all(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 5)
-    assert evaluations(run) == []
+    assert best_score(run) is None
     (run / "eval.json").write_text('{"mean": 300.0}')
     (run / "evaluations.csv").write_text("global_step,mean\n1000,250\n2000,410.5\n3000,")
-    assert evaluations(run) == [250, 410.5, 300]
-    assert standing(run).best == 410.5
+    assert best_score(run) == standing(run).best == 410.5
     (run / "eval.json").write_text("[damaged")
     assert standing(run).best == 410.5
 

@@ -26,10 +26,10 @@ from gravitar_dqn.files import written_whole
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Episode, Observer
 from gravitar_dqn.presets import PUBLISHED_PPO
+from gravitar_dqn.processes import Stop
 from gravitar_dqn.run_dir import load_run, lock
 from gravitar_dqn.serialization import build, check_bounds, differences, nest, validate
 from gravitar_dqn.telemetry import CsvLog
-from gravitar_dqn.training import Stop
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Validator:
         agent: PPOAgent,
         envs: Any,
         path: Path,
-        stop: training.Stop,
+        stop: Stop,
     ) -> None:
         self._config, self._run, self._agent, self._envs, self._stop = config, run, agent, envs, stop
         self._every = Every(config.validate_freq, agent.global_step)

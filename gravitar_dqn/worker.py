@@ -1,0 +1,97 @@
+"""Another process that does one thing at a time for a run, in processor time that nobody else wants.
+
+Orders and answers are lines of JSON. The run never waits: it asks now and then whether there is an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Table = dict[str, Any]
+
+
+class Worker:
+    """The process, as the run sees it. It is started by the first order.
+
+    Args:
+        module: the module that it runs, which calls `serve`.
+        ended: the error when the process ends by itself.
+    """
+
+    def __init__(self, module: str, ended: str) -> None:
+        self._module, self._ended = module, ended
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.SimpleQueue[Table] = queue.SimpleQueue()
+        self.busy = False  # an order was given, and its answer not taken
+
+    def order(self, order: Table) -> None:
+        """Hand over an order while the worker is not busy; OSError when it cannot be started or has ended."""
+        assert not self.busy
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self._module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the training process
+            )
+            threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        self.busy = True
+
+    def _listen(self, answers: Any) -> None:
+        for line in answers:
+            self._answers.put(json.loads(line))
+        self._answers.put({"error": self._ended})
+
+    def answer(self, timeout: float = 0.0) -> Table | None:
+        """The answer to the last order, with `error` where it failed; None while there is none."""
+        try:
+            answer = self._answers.get(timeout=timeout) if timeout else self._answers.get_nowait()
+        except queue.Empty:
+            return None
+        self.busy = False
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def serve(carry_out: Callable[[Table], Table]) -> Table | None:
+    """Be the process: answer orders until the run closes it or has gone. Returns the last order."""
+    _stand_back()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is not an answer
+    order: Table | None = None
+    for line in io.TextIOWrapper(sys.stdin.buffer):
+        order = json.loads(line)
+        try:
+            answers.write(json.dumps(carry_out(order)) + "\n")
+            answers.flush()
+        except OSError:  # the run was killed
+            break
+    return order
+
+
+def _stand_back() -> None:
+    """Take only processor time that nobody else wants: training comes first."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(19)

@@ -1,0 +1,194 @@
+"""Evaluations while a run trains: the order and its answer, the best checkpoint, and what may go wrong."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from run_helpers import CARTPOLE, refusal, rows, train
+
+from gravitar_dqn import checkpoint, cli, evaluator
+from gravitar_dqn.evaluator import Evaluator
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.runs import best_score
+from gravitar_dqn.trained import from_run
+from gravitar_dqn.worker import Worker
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of 60 steps."""
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+class Answers(Worker):
+    """A worker that answers at once with the means that it is told to find."""
+
+    means: list[float]
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(*words)
+        self.orders: list[dict[str, Any]] = []
+
+    def order(self, order: dict[str, Any]) -> None:
+        assert not self.busy
+        assert Path(order["checkpoint"]).exists()
+        self.orders.append(order)
+        self.busy = True
+
+    def answer(self, timeout: float = 0.0) -> dict[str, Any] | None:
+        self.busy = False
+        mean = self.means.pop(0)
+        numbers = {"std": 1.0, "median": mean, "iqm": mean, "iqm_ci95": [mean - 1, mean + 1], "episodes": 7}
+        return {**numbers, "mean": mean, "global_step": AGENT.global_step}
+
+
+AGENT: Any = SimpleNamespace(global_step=0)
+
+
+def make(run_dir: Path, *means: float, every: int = 100, resumed: bool = False) -> Evaluator:
+    Answers.means = list(means)
+    config = replace(load_run(run_dir), eval_every=every, eval_episodes=7)
+    return Evaluator(run_dir, config, AGENT, lambda: checkpoint.load(run_dir), resumed=resumed)
+
+
+def play_to(made: Evaluator, *steps: int) -> None:
+    for step in steps:
+        AGENT.global_step = step
+        made.step([])
+
+
+def best_at(run_dir: Path) -> str:
+    home = checkpoint.folder(run_dir)
+    assert [path.name for path in home.glob("best_*.pt")] == [(home / "best").resolve().name], "one is kept"
+    return (home / "best").resolve().stem
+
+
+def test_every_so_many_steps_and_the_best_stays(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    caplog.set_level(logging.INFO, "gravitar_dqn")
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0, 50.0, 30.0)
+    worker: Any = made._worker
+    play_to(made, 61, 99)
+    assert worker.orders == []
+    play_to(made, 103, 110)  # ordered, collected
+    assert best_at(run_dir) == "best_000000000110"
+    play_to(made, 199, 200, 201)
+    assert best_at(run_dir) == "best_000000000201"
+    play_to(made, 450, 451, 460)  # what was missed is not made up for
+    assert best_at(run_dir) == "best_000000000201", "a worse one took its place"
+    assert len(worker.orders) == 3
+    assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20, 50, 30]
+    assert rows(run_dir / "evaluations.csv")[1] == {
+        "global_step": 201, "episodes": 7, "mean": 50, "std": 1, "median": 50, "iqm": 50, "iqm_low": 49, "iqm_high": 51,
+    }  # fmt: skip
+    assert best_score(run_dir) == 50
+    assert caplog.records[-1].getMessage() == "evaluated after 451 steps: mean 30.0"
+    made.close()
+    assert not list(checkpoint.folder(run_dir).glob("candidate*"))
+
+
+def test_a_resume_knows_the_best_so_far(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    play_to(made := make(run_dir, 40.0), 100, 101)
+    made.close()
+    AGENT.global_step = 60  # killed: it goes on from an older checkpoint
+    play_to(made := make(run_dir, 30.0, 45.0, resumed=True), 100, 102)
+    assert best_at(run_dir) == "best_000000000101"
+    play_to(made, 200, 203)
+    assert best_at(run_dir) == "best_000000000203"
+    assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [40, 30, 45]
+
+
+def test_a_full_disk_leaves_one_evaluation_out(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0)
+
+    def full(path: Path, state: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write", full)
+        play_to(made, 100)
+    assert "an evaluation after 100 steps is left out" in caplog.text
+    play_to(made, 101, 200, 201)
+    assert best_at(run_dir) == "best_000000000201"
+
+
+def wait_for(made: Evaluator, what: Any) -> None:
+    deadline = time.monotonic() + 90
+    while not what():
+        made.step([])
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_another_process_plays_whole_games(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gravitar_dqn")
+    AGENT.global_step = 60
+    made = make(run_dir, every=30)
+    play_to(made, 90)
+    wait_for(made, lambda: not made._worker.busy)
+    (row,) = rows(run_dir / "evaluations.csv")
+    assert (row["global_step"], row["episodes"]) == (60, 7), "the step is that of the checkpoint's agent"
+    assert row["mean"] >= 8, "a CartPole game lasts at least 8 steps"
+    assert from_run(run_dir, checkpoint.best_of(run_dir)).global_step == 60
+    process = made._worker._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    play_to(made, 120)
+    wait_for(made, lambda: "no more evaluations: " in caplog.text)
+    play_to(made, 150)  # training goes on
+    assert caplog.text.count("no more evaluations") == 1
+    made.close()
+
+
+def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce(Answers):
+        def answer(self, timeout: float = 0.0) -> dict[str, Any] | None:
+            self.busy = False
+            return evaluator._evaluate(self.orders[-1])
+
+    monkeypatch.setattr(evaluator, "Worker", AtOnce)
+    run = tmp_path / "evaluated"
+    words = [*CARTPOLE, "--eval-every", 100, "--eval-episodes", 3, "--total-steps", 450, "--run-dir", run]
+    assert train(*words) == 0
+    assert [row["global_step"] for row in rows(run / "evaluations.csv")] == [100, 200, 300, 400]
+    best = max(rows(run / "evaluations.csv"), key=lambda row: row["mean"])
+    assert checkpoint.read(checkpoint.best_of(run))["agent"]["clocks"]["global_step"] == best["global_step"]
+    words = [str(run), "--episodes", "2"]
+    assert cli.run(cli.evaluate_command, [*words, "--checkpoint", "best"], "evaluate.py") == 0
+    assert (run / "eval_best.json").exists()
+    assert not (run / "eval.json").exists()
+
+
+def test_a_run_without_a_best_checkpoint_says_how_to_get_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    words = [str(run_dir), "--checkpoint", "best"]
+    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    assert said == f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains"
+    words = ["--pretrained", "gravitar-ram", "--checkpoint", "best"]
+    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    assert said.startswith("--checkpoint best is a run's")
+
+
+def test_evaluations_play_other_games_than_evaluate_does() -> None:
+    assert PRESETS["gravitar"].seed + evaluator.OTHER_GAMES < 2**31, "the emulator's seeds have 31 bits"
