@@ -1,4 +1,4 @@
-"""The command line, `gravitar-dqn train | eval | watch | sweep | campaign | plot | bench | dashboard`, and scripts/.
+"""The command line, `gravitar-dqn train | eval | watch | runs | ...`, and scripts/.
 
 Torch and the games are imported only by what needs them, so that `--help` answers at once.
 """
@@ -28,7 +28,8 @@ from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.processes import Stop
 from gravitar_dqn.run_dir import check_free, commit, load_run
-from gravitar_dqn.runs import find_one
+from gravitar_dqn.runs import RUNS, find, find_one, runs_in, standing
+from gravitar_dqn.runs import table as runs_table
 from gravitar_dqn.serialization import check_bounds, differences, validate
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,26 @@ class WatchArguments(PlayArguments):
 
 
 @dataclass(frozen=True)
+class RunsArguments:
+    """Which runs are listed."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = (str(RUNS),)
+    """Folders of runs, of one run each or of many; names of runs in runs/; or presets."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What is written for which program."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs, or names of runs in runs/."""
+    to: Literal["tensorboard"] = "tensorboard"
+    """The program."""
+    out: Path | None = None
+    """Where to, <out>/<run>/; by default <run's folder>/tensorboard/."""
+
+
+@dataclass(frozen=True)
 class DashboardArguments:
     """A Visdom server on this machine."""
 
@@ -107,7 +128,7 @@ class DashboardArguments:
 def run_folder(config: RunConfig) -> Path:
     """runs/<env>__<preset>__<seed>__<time>."""
     name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
-    return Path("runs") / name
+    return RUNS / name
 
 
 def resume_folder(argv: Sequence[str]) -> Path | None:
@@ -260,6 +281,32 @@ def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
     print(options.out)
 
 
+def runs_command(argv: Sequence[str], prog: str = "runs.py") -> None:
+    """`runs [FOLDER ...]`."""
+    arguments = parse(RunsArguments, argv, prog, "List runs: how far each is, how well it plays, whether it goes on.")
+    if arguments == RunsArguments() and not runs_in(RUNS):
+        print(f"there is no run in {RUNS} yet: {prog.replace('runs', 'train')} begins one")
+        return
+    standings, complaints = [], []
+    for run_dir in find(arguments.runs):
+        try:
+            standings.append(standing(run_dir))
+        except UserError as error:
+            complaints.append(error)
+    print(runs_table(standings))
+    for complaint in complaints:
+        log.warning("%s: left out", complaint)
+
+
+def export_command(argv: Sequence[str], prog: str = "export.py") -> None:
+    """`export RUN [RUN ...] --to tensorboard`."""
+    arguments = parse(ExportArguments, argv, prog, "Write what runs have logged for another program.")
+    from gravitar_dqn.export import export_tensorboard
+
+    for run_dir in find(arguments.runs):
+        print(export_tensorboard(run_dir, arguments.out))
+
+
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [options]`."""
     options = parse(DashboardArguments, argv, prog, "A Visdom server on 127.0.0.1 that works without internet too.")
@@ -297,7 +344,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "watch": watch_command,
     "sweep": sweep_command,
     "campaign": campaign_command,
+    "runs": runs_command,
     "plot": plot_command,
+    "export": export_command,
     "bench": bench_command,
     "dashboard": dashboard_command,
 }

@@ -14,6 +14,7 @@ the next game's first frame.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -38,6 +39,7 @@ GymSpec = gym.envs.registration.EnvSpec  # Gymnasium's entry of a game
 _MADE_FROM: weakref.WeakKeyDictionary[VectorEnv[Any, Any, Any], EnvSettings] = weakref.WeakKeyDictionary()
 EMULATOR_FPS = 60
 gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # before the first is made: no greeting
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def make_envs(config: EnvSettings) -> VectorEnv[Any, Any, Any]:
             )
         else:
             envs = SyncVectorEnv(
-                [lambda: _make_single(config, spec)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+                [lambda: make_single(config)] * config.num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
             )
     _check_spaces(config, envs)
     _MADE_FROM[envs] = config
@@ -165,9 +167,14 @@ def make_recorded_env(
     `on_frame` gets every picture in colour, (height, width, 3) uint8; for `ALE/` image games every emulator frame.
     """
     spec = find_game(config)
+    if not is_atari(spec):
+        # pygame, which draws CartPole and its like, looks for a desktop and a sound card also where only pictures are
+        # asked for, and SDL below it complains on standard error where there are none. No window is opened here.
+        for name in ("SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):
+            os.environ.setdefault(name, "dummy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        env = SyncVectorEnv([lambda: _make_single(config, spec, on_frame)], autoreset_mode=AutoresetMode.NEXT_STEP)
+        env = SyncVectorEnv([lambda: make_single(config, on_frame)], autoreset_mode=AutoresetMode.NEXT_STEP)
     if not is_atari(spec):
         return env, float(env.metadata.get("render_fps", 30))
     skip = _emulator_skip(config, spec)
@@ -197,11 +204,15 @@ def _emulator_skip(config: EnvSettings, spec: GymSpec) -> int | tuple[int, int]:
     return 1 if config.obs_type == "image" else FRAME_SKIP
 
 
-def _make_single(
-    config: EnvSettings, spec: GymSpec, on_frame: Callable[[npt.NDArray[np.uint8]], None] | None = None
+def make_single(
+    config: EnvSettings, on_frame: Callable[[npt.NDArray[np.uint8]], None] | None = None, **options: Any
 ) -> gym.Env[Any, Any]:
-    """One game through Gymnasium's own wrappers, showing its pictures to `on_frame`."""
-    kwargs: dict[str, Any] = {"disable_env_checker": True}
+    """One game through Gymnasium's own wrappers, single frames, showing its pictures to `on_frame`.
+
+    `options` are Gymnasium's, such as render_mode.
+    """
+    spec = find_game(config)
+    kwargs: dict[str, Any] = {"disable_env_checker": True, **options}
     if on_frame is not None:
         kwargs["render_mode"] = "rgb_array"
     image = is_atari(spec) and config.obs_type == "image"

@@ -16,6 +16,7 @@ from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import read_json, read_rows
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.runs import find
 from gravitar_dqn.serialization import differences, flatten, to_dict
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ UNDECIDING = {"seed", "env.num_threads"}  # runs that differ in nothing else are
 class PlotConfig:
     """What is drawn."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs; a folder of such folders (a sweep's, say) stands for all in it."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, a folder of runs (a sweep's, say) for all in it, names of runs in runs/, or presets."""
     x: Literal["frames", "minutes", "steps"] = "frames"
     """Emulator frames, minutes of training, or agent steps."""
     out: Path = Path("curves.png")
@@ -107,7 +108,9 @@ def _short(value: float, position: float) -> str:
 def read_curves(options: PlotConfig) -> list[Curve]:
     """All runs with games; a warning for each without, and UserError when no run is left."""
     curves, reasons = [], []
-    for run_dir in find_runs(options.runs):
+    if not options.runs:
+        raise UserError("no run: name one or more, plot runs/NAME")
+    for run_dir in find(options.runs):
         try:
             curves.append(read_curve(run_dir, options.x, options.smooth))
         except UserError as error:
@@ -117,21 +120,6 @@ def read_curves(options: PlotConfig) -> list[Curve]:
     for reason in reasons:
         log.warning(f"{reason}: left out")
     return curves
-
-
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Folders of runs: those named, and those in a folder named; UserError for one that is neither."""
-    found: dict[Path, None] = {}
-    for path in paths:
-        inside = (
-            [path] if (path / "config.json").exists() else sorted(home.parent for home in path.glob("*/config.json"))
-        )
-        if not inside:
-            raise UserError(f"{path} is not a run's folder, and there is none in it")
-        found |= dict.fromkeys(inside)
-    if not found:
-        raise UserError("no run: name the folders of one or more, plot runs/NAME")
-    return list(found)
 
 
 def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:

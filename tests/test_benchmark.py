@@ -1,6 +1,7 @@
 """The benchmark measures what it says: ratios, turns, and the same samples for each step for everyone."""
 
 import json
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_candidates_take_turns() -> None:
     values = alternate({"a": candidate("a"), "b": candidate("b")}, 3)
     assert order == ["a", "b"] * 3
     assert values == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
+    order.clear()
+    alternate({"a": candidate("a"), "b": candidate("b")}, 2, lambda i: order.append(str(i)))
+    assert order == ["0", "a", "b", "1", "a", "b"]
 
 
 def test_table_names_sections_units_and_ratios() -> None:
@@ -156,6 +160,40 @@ def test_a_worker_plays_when_it_is_its_turn() -> None:
     with workers({"counts": (Counts,)}) as (worker,):
         speed = worker.turn(0.05)
     assert 0 < speed <= 1_000
+
+
+def test_it_says_what_it_measures_and_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log: standard output is for the table."""
+    caplog.set_level(logging.INFO, "gravitar_dqn")
+    settings = BenchConfig(device="cpu", num_envs=4, rounds=2, seconds=0.02, sizes=(1_000,))
+    speeds = suite.take_turns({"one": (Counts,), "other": (Counts,)}, settings)
+    assert [len(values) for values in speeds.values()] == [2, 2]
+    assert caplog.messages == [
+        "  starting 1 of 2: one",
+        "  starting 2 of 2: other",
+        "  round 1 of 2: 2 turns of 0.02 s or more",
+        "  round 2 of 2: 2 turns of 0.02 s or more",
+    ]
+    caplog.clear()
+    suite.replay_rows(settings, torch.device("cpu"))
+    assert caplog.messages == [
+        "  filling buffers of 1,000 frames",
+        *(f"  {operation}, {kind}" for operation in ("sample", "put") for kind in ("uniform", "priorities")),
+        "  new priorities, priorities",
+    ]
+    caplog.clear()
+    monkeypatch.setattr(suite, "training_rows", lambda *_: [Row("training", "ours", "steps/s", [7.0])])
+    for name in ("network_rows", "replay_rows"):
+        monkeypatch.setattr(suite, name, lambda *_: [])
+    capsys.readouterr()
+    suite.run(replace(settings, quick=True))
+    told = [message.partition(" (after")[0] for message in caplog.messages]
+    assert told == [
+        f"measuring {i} of 3: {part}" for i, part in enumerate(("whole training", "networks", "replay"), start=1)
+    ]
+    assert "measuring" not in capsys.readouterr().out
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, QUIET, ROOT, SMALL, refusal, rows, train
+from run_helpers import CARTPOLE, QUIET, RANDAL_CARTPOLE, ROOT, SMALL, refusal, rows, train
 
 from gravitar_dqn import checkpoint, cli, memory, training
 from gravitar_dqn.run_dir import load_run
@@ -239,8 +239,8 @@ def test_a_run_without_a_checkpoint_is_refused(run_dir: Path, capsys: pytest.Cap
 def test_only_a_run_is_evaluated_or_watched(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder").mkdir()
     for words, expected in (
-        (["folder"], "folder is not a run's folder: it has no config.json"),
-        (["nowhere"], "nowhere is not a run's folder: it has no config.json"),
+        (["folder"], "folder is not a run's folder, and there is none in it"),
+        (["nowhere"], "nowhere is no run: name a run's folder, one in runs, or a preset"),
         ([], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
         (["folder", "--pretrained", "x"], "one agent is needed: x.py RUN_DIR, or x.py --pretrained NAME"),
         (["folder", "--episodes", "0"], "--episodes is 0: it must be finite and at least 1"),
@@ -496,3 +496,46 @@ def test_profile_prints_at_the_end_where_the_time_went(capsys: pytest.CaptureFix
     table = told[told.index("where the time went, 200 steps:") :].splitlines()
     assert sorted(line.split()[0] for line in table[1:6]) == ["act", "emulate", "learn", "report", "store"]
     assert told.splitlines()[-1].startswith("done: 200 steps")
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        ([*CARTPOLE, "--total-steps", 50], "the run ends after 50 steps and learns nothing: learning begins after 50"),
+        ([*CARTPOLE, "--total-steps", 60], None),
+        (
+            [*RANDAL_CARTPOLE, "--env.id", "ALE/Pong-v5", "--env.obs-type", "ram", "--total-steps", 40],
+            "the preset randal-cartpole has settings for CartPole-v1, ALE/Pong-v5 is a game of another kind: "
+            "another preset may learn better",
+        ),
+        ([*RANDAL_CARTPOLE, "--total-steps", 40], None),
+        ([*CARTPOLE, "--env.id", "Acrobot-v1", "--total-steps", 60], None),
+    ],
+)
+def test_what_is_hardly_meant_is_a_warning(
+    words: list[Any], warning: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*words, "--run-dir", "run") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == ([] if warning is None else [f"warning: {warning}"])
+
+
+def test_it_is_said_when_learning_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "run") == 0
+    assert "learning begins after 50 steps\n" in capsys.readouterr().err
+    assert train("--resume", "run", "--total-steps", 70) == 0
+    assert "learning begins" not in capsys.readouterr().err
+
+
+def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.runs_command, [], "runs.py") == 0
+    assert capsys.readouterr().out == "there is no run in runs yet: train.py begins one\n"
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "runs/a") == 0
+    Path("runs/b").mkdir()
+    Path("runs/b/config.json").write_text("{}")
+    capsys.readouterr()
+    assert cli.run(cli.runs_command, [], "runs.py") == 0
+    told = capsys.readouterr()
+    heading, line = told.out.splitlines()
+    assert line.split()[:5] == ["a", "cartpole", "742", "finished", "60"]
+    assert told.err == "warning: runs/b/config.json is not a run's configuration: left out\n"

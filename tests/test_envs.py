@@ -1,5 +1,8 @@
 """Games: ALE's vector environment against Gymnasium's own wrappers, and what every kind of game offers the agent."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +11,10 @@ import numpy.typing as npt
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from run_helpers import ROOT
 
 from gravitar_dqn.config import EnvSettings
-from gravitar_dqn.envs import _make_single, find_game, make_envs, make_recorded_env, spec_of
+from gravitar_dqn.envs import make_envs, make_recorded_env, make_single, spec_of
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS
 
@@ -47,8 +51,7 @@ def play(env: Any, steps: int, *, seed: int = 0, action_seed: int = 9) -> Played
 
 def wrapped(config: EnvSettings) -> Any:
     """The game through Gymnasium's own wrappers, one environment after the other."""
-    spec = find_game(config)
-    make = [lambda: _make_single(config, spec)] * config.num_envs
+    make = [lambda: make_single(config)] * config.num_envs
     return SyncVectorEnv(make, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
@@ -304,3 +307,23 @@ def test_no_ops_of_ram_games_are_counted_in_emulator_frames() -> None:
     assert frames == {start + 4 * k for k in range(8)}
     env.close()
     still.close()
+
+
+@pytest.mark.parametrize(
+    ("game", "driver"), [("CartPole-v1", "dummy"), ("Gravitar-v0", None), ("ALE/Gravitar-v5", None)]
+)
+def test_without_a_desktop_games_and_films_print_nothing(game: str, driver: str | None) -> None:
+    """Neither SDL, which looks for a desktop, nor ALE, which would greet. A driver that the user chose stays."""
+    code = f"""
+import os
+from gravitar_dqn.config import EnvSettings
+from gravitar_dqn.envs import make_envs, make_recorded_env
+config, shown = EnvSettings(id="{game}", num_envs=1), []
+make_recorded_env(config, shown.append)[0].reset(seed=1)
+make_envs(config).reset(seed=1)
+print(shown[0].ndim, os.environ.get("SDL_VIDEODRIVER"), os.environ["SDL_AUDIODRIVER"])
+"""
+    desktop = {"XDG_RUNTIME_DIR", "DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
+    env = {name: value for name, value in os.environ.items() if name not in desktop} | {"SDL_AUDIODRIVER": "disk"}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == (f"3 {driver} disk\n", "")

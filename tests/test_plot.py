@@ -48,7 +48,7 @@ def make_run(
         changed = {name.partition("__")[2]: value for name, value in settings.items() if name.startswith(part)}
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changed)})
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps({"config": to_dict(config)}))
+    (run_dir / "config.json").write_text(json.dumps({"preset": preset, "config": to_dict(config)}))
     table(run_dir / "metrics.csv", "wall_seconds global_step frames", [(10, 1000, 4000), (50, 5000, 20000)])
     done = [(100 * i, slope * i, 100) for i in range(1, games + 1)]
     table(run_dir / "episodes.csv", "global_step episodic_return episodic_length", done)
@@ -171,10 +171,21 @@ def test_runs_that_cannot_be_drawn_are_left_out_with_a_warning(
     assert draw("runs") == 0
     said = capsys.readouterr()
     assert said.out == "curves.png\n"
-    warnings = said.err.splitlines()
-    assert len(warnings) == 3 and warnings[0].startswith("warning: runs/broken/config.json cannot be read: ")
-    assert warnings[1:] == [
-        f"warning: runs/{name} has not finished two games yet: left out" for name in ("young", "younger")
+    broken, *others = sorted(said.err.splitlines())
+    assert broken.startswith("warning: runs/broken/config.json cannot be read: ")
+    assert others == [f"warning: runs/{name} has not finished two games yet: left out" for name in ("young", "younger")]
+
+
+def test_runs_are_named_as_everywhere_else(tmp_path: Path, figures: list[Figure]) -> None:
+    """By the name of a folder in runs/, or by their preset."""
+    for name, preset in (("a", "gravitar"), ("b", "gravitar"), ("c", "ppo")):
+        make_run(tmp_path / "runs" / name, preset)
+    for words in (["gravitar"], ["a", "c"], ["runs", "a"]):
+        assert draw(*words) == 0
+    assert [labels(figure) for figure in figures] == [
+        ["gravitar (2 runs)"],
+        ["gravitar", "ppo"],
+        ["gravitar (2 runs)", "ppo"],
     ]
 
 
@@ -187,8 +198,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     make_run(tmp_path / "torn")
     (tmp_path / "torn" / "eval.json").write_text("{}")
     for words, expected in (
-        ([], "no run: name the folders of one or more, plot runs/NAME"),
-        (["nowhere"], "nowhere is not a run's folder, and there is none in it"),
+        ([], "no run: name one or more, plot runs/NAME"),
+        (["nowhere"], "nowhere is no run: name a run's folder, one in runs, or a preset"),
+        (["randal"], "there is no run of the preset randal in runs"),
         (["run", "empty"], "empty is not a run's folder, and there is none in it"),
         (["young/a"], "young/a has not finished two games yet"),
         (["young"], "young/a has not finished two games yet, and 1 more like it"),

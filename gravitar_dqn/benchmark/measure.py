@@ -43,10 +43,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
-def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each in turn, `rounds` times over; what they return, by name."""
+def alternate(
+    candidates: Mapping[str, Callable[[], float]], rounds: int, before_round: Callable[[int], object] = lambda _: None
+) -> dict[str, list[float]]:
+    """Call each in turn, `rounds` times over; what they return, by name. `before_round` gets the round's number."""
     values: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for i in range(rounds):
+        before_round(i)
         for name, candidate in candidates.items():
             values[name].append(candidate())
     return values

@@ -75,6 +75,7 @@ def network_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         ("update of the Q network", samples, "update_q_network"),
         ("update of the predictor", samples, "update_predictor"),
     ):
+        log.info(f"  {section}")
         measured = {key: milliseconds(getattr(agent, name), device) for key, agent in agents.items()}
         rows += rows_of(section, unit, alternate(measured, settings.rounds), "fp32, eager")
     return rows
@@ -87,6 +88,7 @@ def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         if 2 * size * bytes_per_transition(FRAME, torch.uint8) > 0.8 * available_bytes(device):
             log.info(f"replay: {size} frames twice over do not fit into the memory; left out")
             continue
+        log.info(f"  filling buffers of {size:,} frames")
         buffers[size] = {}
         for name, exponent in (("uniform", 0.0), ("priorities", 0.5)):
             buffer = ReplayBuffer(size, settings.num_envs, FRAME, n_step=3, priority_exponent=exponent, device=device)
@@ -119,6 +121,7 @@ def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         for kind in ("uniform", "priorities"):
             if (operation == "new priorities" and kind == "uniform") or not buffers:
                 continue
+            log.info(f"  {operation}, {kind}")
             measured = {
                 f"{operation}, {kind}, {size:>9,} frames": milliseconds(make(pair[kind]), device, 20)
                 for size, pair in buffers.items()
@@ -184,11 +187,14 @@ def actor_critic_rows(settings: BenchConfig) -> list[Row]:
 def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dict[str, list[float]]:
     """Steps per second of every contender, round by round."""
 
+    def announce(i: int) -> None:  # between turns: nobody plays meanwhile
+        log.info(f"  round {i + 1} of {settings.rounds}: {len(makers)} turns of {settings.seconds:g} s or more")
+
     def turn(worker: Worker) -> Callable[[], float]:
         return lambda: worker.turn(settings.seconds)
 
     with workers(makers) as contenders:
-        return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds)
+        return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds, announce)
 
 
 def run(settings: BenchConfig) -> dict[str, Any]:
@@ -209,12 +215,14 @@ def run(settings: BenchConfig) -> dict[str, Any]:
     rows: list[Row] = []
     sections: dict[str, Callable[[], list[Row]]] = {
         "whole training": lambda: training_rows(settings),
-        "actor-critics": lambda: [] if settings.quick else actor_critic_rows(settings),
+        "actor-critics": lambda: actor_critic_rows(settings),
         "networks": lambda: network_rows(settings, device),
         "replay": lambda: replay_rows(settings, device),
     }
-    for title, measure in sections.items():
-        log.info(f"measuring: {title} (since {time.perf_counter() - start:.0f} s)")
+    if settings.quick:
+        del sections["actor-critics"]
+    for i, (title, measure) in enumerate(sections.items()):
+        log.info(f"measuring {i + 1} of {len(sections)}: {title} (after {time.perf_counter() - start:.0f} s)")
         rows += measure()
     record = {
         "machine": describe_device(device),

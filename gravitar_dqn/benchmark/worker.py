@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import torch
 
 from gravitar_dqn.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Contender(Protocol):
@@ -88,7 +91,8 @@ def workers(makers: dict[str, tuple[Any, ...]]) -> Iterator[list[Worker]]:
     """A ready worker for each name. All are ended at the end."""
     with contextlib.ExitStack() as closing:
         made = []
-        for name, (make, *arguments) in makers.items():
+        for i, (name, (make, *arguments)) in enumerate(makers.items()):
+            log.info(f"  starting {i + 1} of {len(makers)}: {name}")
             made.append(Worker(name, make, *arguments))
             closing.callback(made[-1].close)
             made[-1].wait()  # all at once they would only get in each other's way
