@@ -1,4 +1,4 @@
-"""From the words of a command line to settings. Every mistake is one line that says what would do."""
+"""What commands take, and the way from words to it. Every mistake is one line that says what would do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,111 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from gravitar_dqn.config import RunConfig, bounded
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.runs import RUNS
 from gravitar_dqn.serialization import flatten, to_dict
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What `train` takes beside the settings of the run."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its newest checkpoint."""
+    profile: bool = False
+    """Print at the end where the time went."""
+
+
+@dataclass(frozen=True)
+class PlayArguments:
+    """Who plays how many games, and how."""
+
+    run_dir: tyro.conf.Positional[str] = ""
+    """The run's folder, or its name in runs/."""
+    pretrained: str | None = None
+    """Instead of a run: the name of weights that ship with the package."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """A run's newest checkpoint, or the best of those that --eval-every evaluated while it trained."""
+    episodes: int = bounded(100, low=1)
+    """Games to play."""
+    epsilon: float = bounded(0.001, high=1)
+    """Probability of a random action."""
+    seed: int = bounded(742, high=2**30)
+    """Seeds the games and the random actions."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(PlayArguments):
+    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    max_steps: int = bounded(0)
+    """Cut a game off after this many agent steps, as an idle agent's that would never end; 0: as in training."""
+    snapshots: int = bounded(0)
+    """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
+
+
+@dataclass(frozen=True)
+class WatchArguments(PlayArguments):
+    """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
+
+    episodes: int = bounded(1, low=1)
+    """Games to play."""
+    video_dir: Path = Path("videos")
+    """Recordings go to <video_dir>/<run>/."""
+    overlay: bool = False
+    """Show beside the game what the agent makes of it: values of the actions, curiosity, RANDAL's pixel control."""
+
+
+@dataclass(frozen=True)
+class RunsArguments:
+    """Which runs are listed."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = (str(RUNS),)
+    """Folders of runs, of one run each or of many; names of runs in runs/; or presets."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What is written for which program."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs, or names of runs in runs/."""
+    to: Literal["tensorboard"] = "tensorboard"
+    """The program."""
+    out: Path | None = None
+    """Where to, <out>/<run>/; by default <run's folder>/tensorboard/."""
+
+
+@dataclass(frozen=True)
+class DashboardArguments:
+    """A Visdom server on this machine, and runs that are drawn on it."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Draw these runs, and several of them in one more page: folders, names of runs in runs/, or presets."""
+    port: int = bounded(8097, low=1, high=65_535)
+    """Where it listens."""
+    stop: bool = False
+    """Stop the server on the port, also one that training started."""
+    prepare: bool = False
+    """Only fetch the browser files, for a start without internet."""
+
 
 NUMBERS = ConstructorRegistry()
 

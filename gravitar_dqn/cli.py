@@ -12,16 +12,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from gravitar_dqn.arguments import parse
+from gravitar_dqn.arguments import (
+    DashboardArguments,
+    EvaluateArguments,
+    ExportArguments,
+    PlayArguments,
+    RunsArguments,
+    TrainArguments,
+    WatchArguments,
+    parse,
+)
 from gravitar_dqn.benchmark.options import BenchConfig
-from gravitar_dqn.config import RunConfig, bounded
+from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
@@ -36,93 +43,6 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from gravitar_dqn.trained import Trained
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    """What `train` takes beside the settings of the run."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    run_dir: Path | None = None
-    """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
-    resume: Path | None = None
-    """Go on with the run in this folder, from its newest checkpoint."""
-    profile: bool = False
-    """Print at the end where the time went."""
-
-
-@dataclass(frozen=True)
-class PlayArguments:
-    """Who plays how many games, and how."""
-
-    run_dir: tyro.conf.Positional[str] = ""
-    """The run's folder, or its name in runs/."""
-    pretrained: str | None = None
-    """Instead of a run: the name of weights that ship with the package."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """A run's newest checkpoint, or the best of those that --eval-every evaluated while it trained."""
-    episodes: int = bounded(100, low=1)
-    """Games to play."""
-    epsilon: float = bounded(0.001, high=1)
-    """Probability of a random action."""
-    seed: int = bounded(742, high=2**30)
-    """Seeds the games and the random actions."""
-
-
-@dataclass(frozen=True)
-class EvaluateArguments(PlayArguments):
-    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    max_steps: int = bounded(0)
-    """Cut a game off after this many agent steps, as an idle agent's that would never end; 0: as in training."""
-    snapshots: int = bounded(0)
-    """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
-
-
-@dataclass(frozen=True)
-class WatchArguments(PlayArguments):
-    """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
-
-    episodes: int = bounded(1, low=1)
-    """Games to play."""
-    video_dir: Path = Path("videos")
-    """Recordings go to <video_dir>/<run>/."""
-    overlay: bool = False
-    """Show beside the game what the agent makes of it: values of the actions, curiosity, RANDAL's pixel control."""
-
-
-@dataclass(frozen=True)
-class RunsArguments:
-    """Which runs are listed."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]] = (str(RUNS),)
-    """Folders of runs, of one run each or of many; names of runs in runs/; or presets."""
-
-
-@dataclass(frozen=True)
-class ExportArguments:
-    """What is written for which program."""
-
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of runs, or names of runs in runs/."""
-    to: Literal["tensorboard"] = "tensorboard"
-    """The program."""
-    out: Path | None = None
-    """Where to, <out>/<run>/; by default <run's folder>/tensorboard/."""
-
-
-@dataclass(frozen=True)
-class DashboardArguments:
-    """A Visdom server on this machine."""
-
-    port: int = bounded(8097, low=1, high=65_535)
-    """Where it listens."""
-    stop: bool = False
-    """Stop the server on the port, also one that training started."""
-    prepare: bool = False
-    """Only fetch the browser files, for a start without internet."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -308,13 +228,22 @@ def export_command(argv: Sequence[str], prog: str = "export.py") -> None:
 
 
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
-    """`dashboard [options]`."""
+    """`dashboard [RUN ...] [options]`."""
     options = parse(DashboardArguments, argv, prog, "A Visdom server on 127.0.0.1 that works without internet too.")
     check_bounds(options, "--")
-    if options.stop and options.prepare:
-        raise UserError("--stop or --prepare, not both")
+    if options.stop + options.prepare + bool(options.runs) > 1:
+        raise UserError("runs, --stop or --prepare, not two of them")
     from gravitar_dqn.dashboard.visdom_files import browser_files
-    from gravitar_dqn.dashboard.visdom_server import serve, stop_server
+    from gravitar_dqn.dashboard.visdom_server import find_or_start_server, serve, stop_server
+
+    if options.runs:
+        run_dirs, server = find(options.runs), find_or_start_server(options.port)
+        if server is None:
+            return 2
+        from gravitar_dqn.dashboard.draw import draw_runs
+
+        draw_runs(run_dirs, server)
+        return 0
 
     if options.stop:
         there, where = stop_server(options.port), f"on port {options.port}"

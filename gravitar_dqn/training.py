@@ -131,7 +131,9 @@ def follow(
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
         log.info("%s %s, on %s", beginning, run_dir, describe_device(agent.device))
-        if state and agent.partial_buffer_size == 0:
+        if not state:
+            log.info("learning begins after %s steps", f"{config.first_update:,}")
+        elif agent.partial_buffer_size == 0:
             log.info("the replay buffer fills anew before learning goes on (--checkpoint-replay keeps it)")
         video_dir = Path(config.video_dir) / run_dir.name
         if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
@@ -162,9 +164,10 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     spec = spec_of(envs)
     if device.type == "cpu" and spec.kind == "picture" and config.preset == "gravitar":
         log.info(PICTURES_ON_A_CPU)
+    agent = entry_of(config).make(config, spec, device)
     for complaint in doubts(config):
         log.warning(complaint)
-    return envs, entry_of(config).make(config, spec, device)
+    return envs, agent
 
 
 def doubts(config: RunConfig) -> Iterator[str]:

@@ -536,6 +536,6 @@ def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert cli.run(cli.runs_command, [], "runs.py") == 0
     told = capsys.readouterr()
-    heading, line = told.out.splitlines()
+    _, line = told.out.splitlines()
     assert line.split()[:5] == ["a", "cartpole", "742", "finished", "60"]
     assert told.err == "warning: runs/b/config.json is not a run's configuration: left out\n"

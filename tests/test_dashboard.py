@@ -24,15 +24,24 @@ from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, pretend
 
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.charts import Reduce
-from gravitar_dqn.dashboard import thread
-from gravitar_dqn.dashboard.board import Board, Trace, settings_pane
-from gravitar_dqn.dashboard.thread import CsvTail, Dashboard, environment_name, pause
+from gravitar_dqn.dashboard import connection, tail, view
+from gravitar_dqn.dashboard.board import Board, Trace
+from gravitar_dqn.dashboard.panes import settings_pane
+from gravitar_dqn.dashboard.registry import environment_name
+from gravitar_dqn.dashboard.tail import CsvTail
+from gravitar_dqn.dashboard.thread import Dashboard, pause
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.logs import show_log
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.serialization import to_dict
 
 REDUCE: dict[str, Callable[[list[float]], float]] = {"mean": lambda ys: math.fsum(ys) / len(ys), "max": max, "min": min}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the dashboards tell the server of their runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -97,24 +106,24 @@ def test_tail_reads_each_row_once_however_it_is_written(
 ) -> None:
     path = tmp_path_factory.mktemp("tail") / "metrics.csv"
     text = "global_step,td_loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in rows)
-    tail, seen, position = CsvTail(path), [], 0
+    reader, seen, position = CsvTail(path), [], 0
     for length in [*cuts, len(text)]:
         with path.open("a") as file:
             file.write(text[position : position + length])
         position += length
-        seen += tail.read() or []
+        seen += reader.read() or []
     assert seen == [{"global_step": step, "td_loss": loss} for step, loss in rows]
 
 
 def test_tail_leaves_a_torn_line_and_takes_it_whole_later(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    tail = CsvTail(path)
-    assert tail.read() == []
+    reader = CsvTail(path)
+    assert reader.read() == []
     path.write_text("a,b\n1,2\n3,")
-    assert tail.read() == [{"a": 1, "b": 2}]
-    assert tail.read() == []
+    assert reader.read() == [{"a": 1, "b": 2}]
+    assert reader.read() == []
     path.write_text("a,b\n1,2\n3,\n5,x\n")
-    second, third = tail.read() or []
+    second, third = reader.read() or []
     assert second["a"] == 3
     assert third["a"] == 5
     assert math.isnan(second["b"])
@@ -125,8 +134,8 @@ def test_tail_leaves_a_torn_line_and_takes_it_whole_later(tmp_path: Path) -> Non
 def test_tail_notices_a_file_that_is_not_the_same(tmp_path: Path, how: str) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("a\n1\n2\n3\n")
-    tail = CsvTail(path)
-    assert len(tail.read() or []) == 3
+    reader = CsvTail(path)
+    assert len(reader.read() or []) == 3
     if how == "shortened":
         path.write_text("a\n1\n")
     elif how == "replaced":
@@ -136,15 +145,15 @@ def test_tail_notices_a_file_that_is_not_the_same(tmp_path: Path, how: str) -> N
         path.write_text("a\n1\n7\n8\n9\n")
     else:
         path.unlink()
-    assert tail.read() is None
+    assert reader.read() is None
 
 
 def test_tail_reads_a_long_history_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread, "CHUNK", 100)
+    monkeypatch.setattr(tail, "CHUNK", 100)
     path = tmp_path / "metrics.csv"
     path.write_text("a\n" + "".join(f"{i}\n" for i in range(1000)))
-    tail, portions = CsvTail(path), []
-    while rows := tail.read():
+    reader, portions = CsvTail(path), []
+    while rows := reader.read():
         portions.append([row["a"] for row in rows])
     assert len(portions) > 30
     assert [row for portion in portions for row in portion] == list(range(1000))
@@ -196,17 +205,37 @@ def test_notebook_marks_average_max_and_min_every_hundred_episodes() -> None:
     assert lines_of(board, "rnd_loss")["loss"] == ([200], [0.5])
 
 
-@pytest.mark.parametrize("preset", ["randal", "ppo-rnd", "randal-cartpole"])
-def test_randal_has_windows_of_its_own(preset: str) -> None:
+OF_CURIOSITY = "int_reward_mean int_reward_max rnd_loss value_loss_int explained_variance_int int_return_mean".split()
+NEVER = {  # what a preset's agent cannot compute
+    "randal": [],
+    "randal-cartpole": ["pixel_control_loss"],
+    "ppo-rnd": ["pixel_control_loss", "reward_prediction_loss", "value_replay_loss"],
+    "ppo": ["pixel_control_loss", "reward_prediction_loss", "value_replay_loss", *OF_CURIOSITY],
+}
+
+
+@pytest.mark.parametrize("preset", NEVER)
+def test_ppo_has_a_line_for_all_that_it_can_compute_and_for_nothing_else(preset: str) -> None:
     board, config = board_of(preset), PRESETS[preset]
     columns = {line.column for chart in board.charts for line in chart.lines if line.source == "metrics"}
     small = replace(config, env=replace(config.env, num_envs=2), tasks=replace(config.tasks, replay_length=100))
     spec = spec_of_shape((4,) if preset == "randal-cartpole" else (4, 84, 84))
     agent = entry_of(small).make(small, spec, torch.device("cpu"))
-    assert set(agent.metric_names) - columns == {"learning_rate"} and not columns & {"td_loss", "q_mean", "epsilon"}
+    assert not columns & {"td_loss", "q_mean", "epsilon", *NEVER[preset]}
+    assert {"learning_rate"} <= set(agent.metric_names) - columns <= {"learning_rate", *NEVER[preset]}
     board.add("metrics", {"global_step": 10, "approx_kl": 0.01, "clip_fraction": 0.2, "policy_loss": -0.5})
     assert lines_of(board, "change")["clipped share"][1] == [0.2]
     assert lines_of(board, "policy_loss")["loss"][1] == [-0.5]
+
+
+@pytest.mark.parametrize(("preset", "curious"), [("gravitar", False), ("gravitar", True), ("notebook", False)])
+def test_a_dqn_without_curiosity_has_no_line_for_it(preset: str, curious: bool) -> None:
+    config = PRESETS[preset]
+    config = replace(config, rnd=replace(config.rnd, coef=0.1 if curious else 0.0))
+    board = Board({"config": to_dict(config)})
+    columns = {line.column for chart in board.charts for line in chart.lines}
+    assert columns & {*OF_CURIOSITY} == ({"int_reward_mean", "int_reward_max", "rnd_loss"} if curious else set())
+    assert "td_loss" in columns
 
 
 def test_panes_are_strict_json_whatever_the_cells_hold() -> None:
@@ -215,7 +244,7 @@ def test_panes_are_strict_json_whatever_the_cells_hold() -> None:
     board.add("metrics", {"global_step": math.nan, "td_loss": 1.0})
     for chart in board.charts:
         json.dumps(board.pane(chart), allow_nan=False)
-    assert lines_of(board, "loss") == {"TD": ([], []), "RND predictor": ([], [])}
+    assert lines_of(board, "loss") == {"TD": ([], [])}
 
 
 @pytest.mark.parametrize("record", [{}, {"config": {}}, {"config": {"preset": "randal", "of": "another version"}}])
@@ -282,7 +311,7 @@ def test_a_stopped_server_holds_nobody_and_drawing_goes_on_after_it(
     tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injected("Visdom hanging")
-    monkeypatch.setattr(thread, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "READ_TIMEOUT", 0.5)
     run = write_run(tmp_path / "run", 10)
     board, other = begin(boards, run, server.url), begin(boards, run, server.url)
     wait_until(lambda: len(server.trace(board.environment, "epsilon", "epsilon")[0]) == 10)
@@ -325,7 +354,9 @@ def test_a_resume_that_cuts_the_files_is_drawn_anew(tmp_path: Path, server: Serv
 
 def test_files_may_appear_late_and_lines_in_halves(tmp_path: Path, server: Server, boards: list[Dashboard]) -> None:
     board = begin(boards, tmp_path / "run", server.url, video_dir=tmp_path / "videos")
-    wait_until(lambda: list(server.windows(board.environment)) == ["score", "speed", "buffer", "video", "settings"])
+    wait_until(
+        lambda: list(server.windows(board.environment)) == ["run", "score", "video", "speed", "buffer", "settings"]
+    )
     run = write_run(tmp_path / "run", 5)  # it tells which windows there are, and their order is their place
     wait_until(lambda: list(server.windows(board.environment)) == WINDOWS)
     with (run / "metrics.csv").open("a") as file:
@@ -357,7 +388,7 @@ def test_runs_side_by_side_and_other_peoples_windows(tmp_path: Path, server: Ser
 def test_the_newest_video_of_bearable_size_is_shown(
     tmp_path: Path, server: Server, boards: list[Dashboard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(thread, "LARGEST_VIDEO", 10)
+    monkeypatch.setattr(view, "LARGEST_VIDEO", 10)
     videos = tmp_path / "videos"
     board = begin(boards, write_run(tmp_path / "run", 5), server.url, video_dir=videos)
     wait_until(lambda: "no game has been" in str(server.windows(board.environment).get("video")))
@@ -408,7 +439,7 @@ def test_a_dashboard_that_never_started_can_be_closed(tmp_path: Path) -> None:
     Dashboard(tmp_path, "127.0.0.1:9").close()
 
 
-@pytest.mark.parametrize(("status", "answer"), [(200, b"something else"), (403, b"no"), (500, b"score")])
+@pytest.mark.parametrize(("status", "answer"), [(200, b"something else"), (403, b"no"), (500, b"run")])
 @pytest.mark.faults
 def test_windows_are_sent_again_until_the_server_takes_them(
     tmp_path: Path, boards: list[Dashboard], status: int, answer: bytes
@@ -418,11 +449,15 @@ def test_windows_are_sent_again_until_the_server_takes_them(
 
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["win"])
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(answer)))
+            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            drawn = self.path == "/events"
+            if drawn:
+                asked.append(message["win"])
+            said = answer if drawn else b"[]"  # it has no environments
+            self.send_response(status if drawn else 200)
+            self.send_header("Content-Length", str(len(said)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(said)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -432,4 +467,4 @@ def test_windows_are_sent_again_until_the_server_takes_them(
         begin(boards, write_run(tmp_path / "run", 5), f"http://127.0.0.1:{fake.server_port}")
         wait_until(lambda: len(asked) >= 2)
         fake.shutdown()
-    assert set(asked) == {"score"}
+    assert set(asked) == {"run"}

@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from visdom_helpers import Server, append_metrics, pretend_prepared, wait_until, write_run
 
+from gravitar_dqn.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_files import prepared_files
+from gravitar_dqn.run_dir import lock
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,14 +26,14 @@ FLAGS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,1240"
 )
 TITLES = [
+    "Run",
     "Score",
-    "Reward, intrinsic",
+    "Last recorded game",
     "Loss",
     "Expected return",
     "Epsilon",
     "Speed",
     "Replay buffer",
-    "Last recorded game",
     "Settings",
 ]
 
@@ -41,8 +44,9 @@ pytestmark = [
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pretend_prepared(tmp_path / "cache", prepared_files())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where the dashboards tell it of their runs
     server = Server(tmp_path / "cache")
     server.start()
     yield server
@@ -119,12 +123,14 @@ def test_the_live_page(tmp_path: Path, server: Server, browser: Any) -> None:
     run = write_run(tmp_path / "run", 2000)
     record_game(tmp_path / "videos" / "episode_000025_score_700.mp4")
     board = Dashboard(run, server.url, video_dir=tmp_path / "videos", period=0.2)
+    training = ExitStack()
+    training.enter_context(lock(run))
     board.start()
     try:
         wait_until(lambda: len(server.windows(board.environment)) == len(TITLES))
         browser.get(board.url)
         wait_until(lambda: list(drawn(browser)) == TITLES and all(drawn(browser).values()), 30)
-        assert [drawn(browser)[title] for title in ("Score", "Loss", "Speed", "Last recorded game")] == [4, 2, 2, 1]
+        assert [drawn(browser)[title] for title in ("Score", "Loss", "Speed", "Last recorded game")] == [4, 1, 2, 1]
         play = "const v = document.querySelector('video'); return [v.currentTime, v.error === null]"
         first, intact = browser.execute_script(play)
         assert intact
@@ -144,7 +150,81 @@ def test_the_live_page(tmp_path: Path, server: Server, browser: Any) -> None:
         wait_until(lambda: len(server.windows(board.environment)) == len(TITLES))
         browser.get(board.url)
         wait_until(lambda: list(drawn(browser)) == TITLES and all(drawn(browser).values()), 30)
-        newest = "return Math.max(...document.querySelectorAll('.js-plotly-plot')[4].data[0].x)"
+        newest = "return Math.max(...document.querySelectorAll('.js-plotly-plot')[3].data[0].x)"
         wait_until(lambda: browser.execute_script(newest) > 4 * 2_390_000)
     finally:
         board.close()
+        training.close()
+
+
+def curves(browser: Any) -> dict[str, dict[str, tuple[str, float]]]:
+    """The page's charts: {title: {name of a curve: its colour and its last x}}."""
+    script = """
+        return [...document.querySelectorAll('.window')].filter(w => w.querySelector('.js-plotly-plot')).map(w => [
+            w.querySelector('.bar').innerText.split('\\n').pop().trim(),
+            w.querySelector('.js-plotly-plot').data.map(t => [t.name, [t.line.color, Math.max(...t.x)]])]);
+    """
+    return {title: dict(traces) for title, traces in browser.execute_script(script)}
+
+
+def text_of(browser: Any, title: str) -> str:
+    """What a window of text says; nothing where there is none."""
+    script = """const found = [...document.querySelectorAll('.window')].find(
+        w => w.querySelector('.bar').innerText.trim().endsWith(arguments[0]) && w.querySelector('.content-text'));
+        return found ? found.querySelector('.content-text').innerText : '';"""
+    return str(browser.execute_script(script, title))
+
+
+def tick(browser: Any, environment: str) -> None:
+    """Tick an environment in the page's own selector."""
+    browser.find_element("css selector", ".rc-tree-select").click()
+    box = f".rc-tree-select-tree [title='{environment}']"
+    wait_until(lambda: browser.find_elements("css selector", box))
+    browser.find_element("css selector", box).click()
+
+
+def test_runs_are_listed_compared_in_two_colours_and_seen_to_end(tmp_path: Path, server: Server, browser: Any) -> None:
+    runs = [write_run(tmp_path / f"seed{seed}", 100, seed=seed, total_steps=120_000) for seed in (1, 2)]
+    with lock(runs[0]), lock(runs[1]):
+        boards = [Dashboard(run, server.url, period=0.2) for run in runs]
+        one, two = (board.environment for board in boards)
+        for board in boards:
+            board.start()
+        try:
+            wait_until(lambda: len(server.windows(one)) == len(server.windows(two)) == len(TITLES))
+            browser.get(server.url)
+            assert browser.title == "runs"
+            rows = [row.text for row in browser.find_elements("css selector", "tbody tr")]
+            assert len(rows) == 2 and all("running" in row and "100,000" in row for row in rows)
+            browser.find_element("link text", "seed1").click()
+            wait_until(lambda: "running" in text_of(browser, "Run"), 30)
+            assert browser.title == one
+            assert "gravitar, seed 1" in text_of(browser, "Run") and "100,000 of 120,000" in text_of(browser, "Run")
+
+            tick(browser, two)
+            wait_until(lambda: {"Score", "Loss", "Epsilon"} <= curves(browser).keys(), 30)
+            assert browser.title == f"compare {one} + {two}"
+            assert browser.current_url == f"{server.url}/compare/{one}+{two}"
+            both = {"gravitar, seed 1: epsilon": [BLUE, 400_000], "gravitar, seed 2: epsilon": [ORANGE, 400_000]}
+            assert curves(browser)["Epsilon"] == both
+            assert [*curves(browser)["Score"]] == [f"gravitar, seed {seed}: average of 100" for seed in (1, 2)]
+            assert one in text_of(browser, "Runs") and two in text_of(browser, "Runs")
+            append_metrics(runs[1], 100)
+            wait_until(lambda: curves(browser)["Epsilon"]["gravitar, seed 2: epsilon"] == [ORANGE, 404_000])
+            if picture := os.environ.get("DASHBOARD_PICTURE"):
+                browser.save_screenshot(picture.replace(".png", "-compared.png"))
+            browser.get(browser.current_url)  # as somebody who was sent the address
+            wait_until(lambda: len(curves(browser).get("Epsilon", ())) == 2, 30)
+
+            browser.get(boards[0].url)
+            wait_until(lambda: "running" in text_of(browser, "Run"), 30)
+            append_metrics(runs[0], *range(100, 120))
+        finally:
+            for board in boards:
+                board.close()
+        wait_until(lambda: "finished" in text_of(browser, "Run"))
+    browser.find_element("link text", "all runs").click()
+    wait_until(lambda: browser.title == "runs")
+    states = [row.text for row in browser.find_elements("css selector", "tbody tr")]
+    assert ["finished" in state for state in states] == ["seed1" in state for state in states]
+    assert failed_requests(browser) == []

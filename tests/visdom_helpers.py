@@ -27,7 +27,7 @@ METRICS = (
     "wall_seconds,global_step,frames,num_updates,episodes,sps,return_mean,return_min,return_max,int_reward_mean,epsilon,"
     "td_loss,rnd_loss,q_mean,buffer_fill,int_reward_max,samples_per_second"
 )
-WINDOWS = ["score", "int_reward", "loss", "q_mean", "epsilon", "speed", "buffer", "video", "settings"]
+WINDOWS = ["run", "score", "video", "loss", "q_mean", "epsilon", "speed", "buffer", "settings"]
 
 
 def wait_until(true: Callable[[], object], seconds: float = 15.0) -> None:
@@ -88,6 +88,15 @@ class Server:
         except ValueError:
             return answer.decode()
 
+    def get(self, path: str) -> tuple[int, str, str]:
+        """Status, address (where it leads elsewhere) and text of one of its pages."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, answer.getheader("Location", ""), text
+
     def windows(self, environment: str) -> dict[str, Any]:
         """What the server holds of an environment: {window: its content}, in the page's order."""
         if environment not in self.post("env_state", {}):
@@ -128,11 +137,14 @@ def metrics_row(tick: int) -> str:
     return ",".join(str(cells[name]) for name in METRICS.split(","))
 
 
-def write_run(run_dir: Path, ticks: int, preset: str = "gravitar", env_id: str = "ALE/Gravitar-v5") -> Path:
+def write_run(
+    run_dir: Path, ticks: int, preset: str = "gravitar", env_id: str = "ALE/Gravitar-v5", **settings: Any
+) -> Path:
     """A run's folder as training leaves it after so many log ticks; a game ends every second tick."""
     run_dir.mkdir(parents=True, exist_ok=True)
     config = get_preset(preset)
-    config = replace(config, env=replace(config.env, id=env_id), video_dir="<b onclick='x'>a & b</b>")
+    settings = {"video_dir": "<b onclick='x'>a & b</b>", **settings}
+    config = replace(config, env=replace(config.env, id=env_id), **settings)
     record = {"preset": preset, "config": to_dict(config), "commit": "abc1234", "device": "cpu (two cores)"}
     record["frames_per_step"] = 4 if env_id.startswith("ALE/") else 1
     (run_dir / "config.json").write_text(json.dumps(record))

@@ -19,12 +19,17 @@ from gravitar_dqn.charts import (
     INT_REWARD,
     LIGHT_BLUE,
     LOG,
+    NO_BONUS,
+    NO_GAME,
+    OF_CURIOSITY,
     ORANGE,
     SCORE,
     Chart,
     Layout,
     Line,
+    learning_starts,
     speed_chart,
+    without,
 )
 from gravitar_dqn.config import DQNRunConfig
 from gravitar_dqn.envs import EnvSpec
@@ -270,34 +275,33 @@ class DQNAgent(BaseAgent):
 
 # ---------------------------------------------------------------- what the rest of the package asks
 
-NOTEBOOK_CHARTS = (
-    Chart(
-        "score",
-        "Score",
-        "score",
-        (
-            Line("val", "episodic_return", LIGHT_BLUE, source="episodes"),
-            Line("average", "average", source="marks"),
-            Line("max", "max", ORANGE, source="marks", reduce="max"),
-            Line("min", "min", GREEN, source="marks", reduce="min"),
-        ),
-    ),
-    Chart("int_reward", "Average Intrinsic Reward", "bonus", (Line("average", "int_reward_mean"),)),
-    Chart("epsilon", "Epsilon", "epsilon", (Line("epsilon", "epsilon"),)),
-    Chart("rnd_loss", "RND Loss", "loss", (Line("loss", "rnd_loss"),)),
-    Chart("loss", "Network Loss", "loss", (Line("loss", "td_loss"),)),
-    Chart("q_mean", "Expected Return", "mean Q", (Line("value", "q_mean"),)),
+NOTEBOOK_SCORE = (
+    Line("val", "episodic_return", LIGHT_BLUE, source="episodes"),
+    Line("average", "average", source="marks"),
+    Line("max", "max", ORANGE, source="marks", reduce="max"),
+    Line("min", "min", GREEN, source="marks", reduce="min"),
 )
 
 
 def charts(config: DQNRunConfig, frames_per_step: int) -> Layout:
     """What the dashboard draws; a run that counts in episodes is drawn as the notebook was."""
+    later = learning_starts(config.agent.learning_starts)
+    never = OF_CURIOSITY if config.rnd.coef == 0 else ()
     if config.agent.clock == "episodes":
-        return Layout(NOTEBOOK_CHARTS, x="episodes")
-    loss = (Line("TD", "td_loss"), Line("RND predictor", "rnd_loss", ORANGE))
-    q_mean = Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),))
-    losses = Chart("loss", "Loss", "loss (log)", loss, LOG)
-    return Layout((SCORE, INT_REWARD, losses, q_mean, EPSILON, speed_chart(frames_per_step), BUFFER))
+        int_reward, epsilon = (Line("average", "int_reward_mean"),), (Line("epsilon", "epsilon"),)
+        notebook = (
+            Chart("score", "Score", "score", NOTEBOOK_SCORE, empty=NO_GAME),
+            Chart("int_reward", "Average Intrinsic Reward", "bonus", int_reward, empty=NO_BONUS),
+            Chart("epsilon", "Epsilon", "epsilon", epsilon),
+            Chart("rnd_loss", "RND Loss", "loss", (Line("loss", "rnd_loss"),), empty=later),
+            Chart("loss", "Network Loss", "loss", (Line("loss", "td_loss"),), empty=later),
+            Chart("q_mean", "Expected Return", "mean Q", (Line("value", "q_mean"),), empty=later),
+        )
+        return Layout(without(notebook, never), x="episodes")
+    losses = (Line("TD", "td_loss"), Line("RND predictor", "rnd_loss", ORANGE))
+    loss = Chart("loss", "Loss", "loss (log)", losses, LOG, later)
+    q_mean = Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),), empty=later)
+    return Layout(without((SCORE, INT_REWARD, loss, q_mean, EPSILON, speed_chart(frames_per_step), BUFFER), never))
 
 
 def make_look(config: DQNRunConfig, spec: EnvSpec, network: nn.Module, state: Mapping[str, Any] | None) -> Look:

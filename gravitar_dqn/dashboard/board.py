@@ -1,24 +1,21 @@
-"""What the dashboard shows: from the rows of a run's CSV files to Visdom's windows. Touches no file and no server."""
+"""The charts of a run: from the rows of its CSV files to Visdom's windows. Touches no file and no server."""
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gravitar_dqn.agents import entry_of
-from gravitar_dqn.charts import BUFFER, SCORE, Chart, Layout, Reduce, speed_chart
+from gravitar_dqn.charts import BUFFER, EVALUATION, SCORE, Chart, Layout, Line, Reduce, speed_chart
+from gravitar_dqn.dashboard.panes import Pane, log_axis, nothing_yet, options
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import from_dict
-from gravitar_dqn.serialization import flatten
 
 Row = Mapping[str, float]
-Pane = dict[str, Any]
 
 CAPACITY = 600  # most points of a trace
-WIDTH, HEIGHT = 400, 300  # pixels of a window; three columns in a page 1280 wide
 
 
 class Trace:
@@ -92,7 +89,13 @@ def layout_of(record: Mapping[str, Any], frames_per_step: int) -> Layout:
         config = from_dict(record.get("config", {}))
     except UserError:
         return Layout((SCORE, speed_chart(frames_per_step), BUFFER))
-    return entry_of(config).charts(config, frames_per_step)
+    layout = entry_of(config).charts(config, frames_per_step)
+    if config.eval_every == 0:
+        return layout
+    with_evaluations = (
+        replace(chart, lines=(*chart.lines, EVALUATION)) if chart.key == SCORE.key else chart for chart in layout.charts
+    )
+    return replace(layout, charts=tuple(with_evaluations))
 
 
 class Board:
@@ -100,9 +103,10 @@ class Board:
 
     Args:
         record: what config.json holds, or as much of it as there is.
+        folder: the name of the run's folder; it travels with every curve, for comparisons.
     """
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, record: Mapping[str, Any], folder: str = "") -> None:
         self._frames_per_step = int(record.get("frames_per_step", 1))
         layout = layout_of(record, self._frames_per_step)
         self.charts, self._by_episode = layout.charts, layout.x == "episodes"
@@ -110,10 +114,13 @@ class Board:
         self._episode = -1
         frames = "frames" if self._frames_per_step > 1 else "environment steps"
         self.xlabel = "episodes" if self._by_episode else frames
+        self._meta = {"folder": folder}
+        if isinstance(settings := record.get("config"), Mapping) and {"preset", "seed"} <= settings.keys():
+            self._meta["label"] = f"{settings['preset']}, seed {settings['seed']}"
         self.traces = {(chart.key, line.name): Trace(line.reduce) for chart in self.charts for line in chart.lines}
 
     def add(self, source: str, row: Row) -> None:
-        """Take a row of `metrics` or `episodes`; cells may be missing or NaN."""
+        """Take a row of `metrics`, `episodes` or `evaluations`; cells may be missing or NaN."""
         if source == "episodes":
             self._episode += 1
         if not self._by_episode:
@@ -142,60 +149,32 @@ class Board:
 
     def pane(self, chart: Chart) -> Pane:
         """The whole window as Visdom takes it."""
-        data: list[Pane] = []
-        for line in chart.lines:
-            xs, ys = self.traces[chart.key, line.name].points()
-            trace: Pane = {"type": "scatter", "name": line.name, "x": xs, "y": ys, "line": line.style}
-            # One point makes no line: show it as a dot until there is a second.
-            trace |= {"mode": "lines" if len(xs) > 1 else "markers", "marker": {"color": line.color, "size": 6}}
-            data.append(trace)
+        data = [self._curve(line, *self.traces[chart.key, line.name].points()) for line in chart.lines]
         grid = {"gridcolor": "#E5E5E5", "zerolinecolor": "#C8C8C8", "automargin": True}
-        layout = {
+        yaxis = {"title": {"text": chart.ylabel}, **grid, **(chart.yaxis or {})}
+        if yaxis.get("type") == "log":
+            yaxis |= log_axis(y for trace in data for y in trace["y"])
+        layout: Pane = {
             "showlegend": len(chart.lines) > 1,
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
             # At the left, where neither the toolbar nor the legend below it reaches.
             "title": {"text": f"<b>{chart.title}</b>", "x": 0.02, "y": 0.97, "yanchor": "top", "font": {"size": 14}},
             "margin": {"l": 58, "r": 14, "t": 54, "b": 42},
             "xaxis": {"title": {"text": self.xlabel}, "rangemode": "tozero", **grid},
-            "yaxis": {"title": {"text": chart.ylabel}, **grid, **(chart.yaxis or {})},
+            "yaxis": yaxis,
             "font": {"size": 12},
             "uirevision": "kept",  # a person's zoom and hidden traces outlive the next drawing
         }
+        if not any(trace["x"] for trace in data):
+            empty = nothing_yet(chart.empty)
+            layout |= {**empty, "xaxis": {**layout["xaxis"], **empty["xaxis"]}}  # its title tells what it counts
         return {"data": data, "win": chart.key, "layout": layout, "opts": options(chart.title)}
 
-
-def options(title: str) -> Pane:
-    return {"title": title, "width": WIDTH, "height": HEIGHT}
-
-
-def text_pane(key: str, title: str, content: str) -> Pane:
-    boxed = f"<div style='padding:4px 10px;color:#333'>{content}</div>"
-    return {"data": [{"type": "text", "content": boxed}], "win": key, "layout": {}, "opts": options(title)}
-
-
-def video_pane(caption: str, mp4: bytes | None) -> Pane:
-    """The last recorded game, playing; a placeholder that keeps the window's place until there is one."""
-    if mp4 is None:
-        return text_pane("video", "Last recorded game", "<i>no game has been recorded yet</i>")
-    source = f"data:video/mp4;base64,{base64.b64encode(mp4).decode('ascii')}"
-    # Muted, because browsers start nothing else by themselves.
-    player = (
-        f'<video muted autoplay loop controls playsinline style="width:100%;max-height:235px" src="{source}"></video>'
-    )
-    return text_pane("video", "Last recorded game", f"{player}<div>{html.escape(caption)}</div>")
-
-
-def settings_pane(settings: Mapping[str, Any]) -> Pane:
-    """A table of config.json, the lines that tell one run from another first."""
-    rows = flatten(settings)
-    rows.pop("config.preset", None)  # the same as "preset"
-    first: dict[str, Any] = {
-        name: rows.pop(name) for name in ("preset", "config.seed", "device", "commit") if name in rows
-    }
-    cells = "".join(
-        f"<tr><td style='padding-right:12px;color:#555'>{html.escape(name.removeprefix('config.'))}</td>"
-        f"<td style='word-break:break-word'>{html.escape(str(value))}</td></tr>"
-        for name, value in {**first, **rows}.items()
-    )
-    table = f"<table style='font-size:12px;line-height:1.35;vertical-align:top'>{cells}</table>"
-    return text_pane("settings", "Settings", table if cells else "<i>config.json has not been written yet</i>")
+    def _curve(self, line: Line, xs: list[float], ys: list[float]) -> Pane:
+        # One point makes no line: show it as a dot until there is a second.
+        mode = "markers" if len(xs) < 2 else "lines+markers" if line.markers else "lines"
+        curve: Pane = {"type": "scatter", "name": line.name, "x": xs, "y": ys, "line": line.style, "mode": mode}
+        return curve | {
+            "marker": {"color": line.color, "size": 6},
+            "meta": {**self._meta, "compared": line.compared},
+        }

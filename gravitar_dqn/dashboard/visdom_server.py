@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8097
 PORTS_TRIED = 10
+OURS = "gravitar_dqn"  # the HTTP header "Server" of our own server's front page
 
 
 def probe(port: int, timeout: float = 1.0) -> Literal["visdom", "free", "taken"]:
@@ -32,7 +33,10 @@ def probe(port: int, timeout: float = 1.0) -> Literal["visdom", "free", "taken"]
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout)
     try:
         connection.request("GET", "/")
-        return "visdom" if b"<title>visdom</title>" in connection.getresponse().read(2**18) else "taken"
+        answer = connection.getresponse()
+        if answer.getheader("Server") == OURS or b"<title>visdom</title>" in answer.read(2**18):
+            return "visdom"
+        return "taken"
     except ConnectionRefusedError:
         return "free"
     except (OSError, http.client.HTTPException):
@@ -95,8 +99,15 @@ def _start(port: int, wait: float) -> None:
 
 
 def serve(port: int = DEFAULT_PORT) -> None:
-    """Run a Visdom server on 127.0.0.1 until it is stopped by Ctrl-C or SIGTERM."""
-    if probe(port) != "free":
+    """Run a Visdom server on 127.0.0.1 until it is stopped by Ctrl-C or SIGTERM; one that is ours may run already."""
+    state = probe(port)
+    if state == "visdom" and is_ours(port):
+        print(
+            f"the dashboard's server runs already, at http://{HOST}:{port} "
+            f"(scripts/dashboard.py --port {port} --stop stops it)"
+        )
+        return
+    if state != "free":
         raise UserError(
             f"port {port} is taken; choose another --port, or stop what holds it "
             f"(if training started it: scripts/dashboard.py --port {port} --stop)"
@@ -131,11 +142,13 @@ def _application(port: int, static: Path) -> tornado.web.Application:
     # Visdom's import would load torch for nothing: a second and 200 MB.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     import tornado.websocket
-    from visdom.server import app as visdom_app
+    from visdom.server import app as visdom
     from visdom.server.handlers import socket_handlers
 
+    from gravitar_dqn.dashboard import visdom_app
+
     # Visdom switches on tornado's debug mode: this keeps it from restarting at an upgrade and from showing tracebacks.
-    visdom_app.tornado_settings.update(
+    visdom.tornado_settings.update(
         static_path=str(static),
         template_path=str(static),
         autoreload=False,
@@ -146,8 +159,9 @@ def _application(port: int, static: Path) -> tornado.web.Application:
     for handler in (socket_handlers.SocketHandler, socket_handlers.VisSocketHandler):
         setattr(handler, "check_origin", tornado.websocket.WebSocketHandler.check_origin)  # noqa: B010
     environments = str(cache_dir() / "environments") + os.sep
-    application: tornado.web.Application = visdom_app.Application(port=port, env_path=environments)  # type: ignore[no-untyped-call]
+    application: tornado.web.Application = visdom.Application(port=port, env_path=environments)  # type: ignore[no-untyped-call]
     application.settings["debug"] = False
+    visdom_app.install(application, OURS)
     # A page that asks for what is not there, or a client that hangs up, is no news in this terminal.
     logging.disable(logging.ERROR)
     return application
@@ -179,6 +193,13 @@ def stop_server(port: int = DEFAULT_PORT, timeout: float = 5.0) -> bool:
                 os.kill(pid, signal.SIGKILL)  # a stopped process gets no SIGTERM
             time.sleep(0.05)
         return True
+    return False
+
+
+def is_ours(port: int) -> bool:
+    """Whether the server on the port is one of this package."""
+    with suppress(OSError), (cache_dir() / f"server-{port}.pid").open() as file:
+        return _locked_by(file) is not None
     return False
 
 

@@ -1,0 +1,126 @@
+"""What is shown of a run, or of several beside each other: windows, brought up to the files of the runs' folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gravitar_dqn.dashboard.board import Board
+from gravitar_dqn.dashboard.compare import held, merge, pane_of
+from gravitar_dqn.dashboard.panes import Pane, Window, run_pane, settings_pane, video_pane
+from gravitar_dqn.dashboard.registry import environment_name
+from gravitar_dqn.dashboard.tail import CsvTail
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.runs import Standing, standing
+
+LARGEST_VIDEO = 16 * 2**20  # bytes
+VIDEO_NAME = re.compile(r"episode_(\d+)_score_(-?[\d.]+)\.mp4")
+SOURCES = ("metrics", "episodes", "evaluations")
+
+
+class RunView:
+    """The windows of one run. `update` reads its files, `windows` says what is in them."""
+
+    def __init__(self, run_dir: Path, video_dir: Path | None = None) -> None:
+        self.run_dir = run_dir
+        self.environment = environment_name(run_dir)
+        self.run: Standing | None = None  # None: config.json is not there, or not readable
+        self._video_dir = video_dir
+        self._board = Board({})
+        self._boards = 0  # so far: a revision of one is not one of the next
+        self._settings: dict[str, Any] = {}
+        self._settings_time = 0  # st_mtime_ns of config.json
+        self._tails = {name: CsvTail(run_dir / f"{name}.csv") for name in SOURCES}
+
+    def update(self, running: bool | None = None) -> None:
+        """Bring it up to the files; `running` as in `standing`."""
+        self._follow()
+        self.run = None
+        with suppress(UserError, OSError, ValueError):
+            self.run = standing(self.run_dir, running=running)
+
+    def _follow(self) -> None:
+        self._read_settings()
+        for source, tail in self._tails.items():
+            while rows := tail.read():
+                for row in rows:
+                    self._board.add(source, row)
+                if len(rows) > 100:  # a long history, of a resumed run: let the training thread have its share
+                    time.sleep(0.02)
+            if rows is None:
+                self._start_over()
+                return self._follow()
+        return None
+
+    def _start_over(self) -> None:
+        self._board = Board(self._settings, self.run_dir.resolve().name)
+        self._boards += 1
+        for tail in self._tails.values():
+            tail.rewind()
+
+    def _read_settings(self) -> None:
+        path = self.run_dir / "config.json"
+        with suppress(OSError, ValueError):
+            changed = path.stat().st_mtime_ns
+            if changed != self._settings_time:
+                self._settings = dict(json.loads(path.read_text()))
+                self._settings_time = changed
+                self._start_over()
+
+    def windows(self) -> Iterator[Window]:
+        """Run, score and film first, where nobody has to scroll to; the settings last."""
+        yield "run", self.run, partial(run_pane, self.run)
+        first, *rest = self.charts()
+        yield first
+        video = self._last_video()
+        yield "video", video, partial(_video, video[1] if video else None)
+        yield from rest
+        yield "settings", self._settings_time, partial(settings_pane, self._settings)
+
+    def charts(self) -> Iterator[Window]:
+        """The windows of its charts."""
+        for chart in self._board.charts:
+            yield chart.key, (self._boards, self._board.revision(chart)), partial(self._board.pane, chart)
+
+    def _last_video(self) -> tuple[int, Path] | None:
+        """The newest recording that is small enough to travel within the page, after the time it was written."""
+        videos: list[tuple[int, Path]] = []
+        if self._video_dir is None:
+            return None
+        with suppress(OSError):  # no folder yet, or a recording that was just deleted
+            paths = [path for path in self._video_dir.iterdir() if VIDEO_NAME.fullmatch(path.name)]
+            stats = [(path.stat(), path) for path in paths]
+            videos = [(stat.st_mtime_ns, path) for stat, path in stats if stat.st_size <= LARGEST_VIDEO]
+        return max(videos, default=None)
+
+
+def _video(path: Path | None) -> Pane:
+    match = VIDEO_NAME.fullmatch(path.name) if path else None
+    if path is None or match is None:
+        return video_pane("", None)
+    return video_pane(f"episode {int(match[1])}, score {match[2]}", path.read_bytes())
+
+
+class ComparisonView:
+    """The windows of several runs in one. Whoever owns the runs' views updates them."""
+
+    def __init__(self, views: Sequence[RunView]) -> None:
+        self._views = views
+        names = "+".join(sorted(view.environment for view in views))
+        self.environment = f"compare-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+
+    def windows(self) -> Iterator[Window]:
+        for window in merge({view.environment: _held_of(view) for view in self._views}):
+            yield window["id"], window["contentID"], partial(pane_of, window)
+
+
+def _held_of(view: RunView) -> dict[str, dict[str, Any]]:
+    listed: list[Window] = [("run", view.run, partial(run_pane, view.run)), *view.charts()]
+    return {key: held(make(), revision) | {"i": i} for i, (key, revision, make) in enumerate(listed)}
