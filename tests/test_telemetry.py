@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import math
 import os
 from dataclasses import dataclass, field
@@ -406,3 +407,16 @@ def test_resume_keeps_rows_of_a_version_with_fewer_columns(tmp_path: Path) -> No
     path.write_text("global_step,sps\n10,5\n20,6\n")
     CsvLog(path, ["global_step", "new", "sps"], last_step=10)
     assert path.read_text() == "global_step,new,sps\n10,,5\n"
+
+
+def test_the_progress_line_at_a_terminal_shows_the_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    agent = Agent()
+    with Tracker(tmp_path, DQNRunConfig(log_seconds=0.0, total_steps=1000), agent, 4) as tracker:
+        agent.global_step, agent.episodes = 250, 2
+        tracker.step([game(0, 100.0, 100, 100), game(1, 400.0, 250, 150)])
+        tracker._bar.refresh()
+    assert "25%" in terminal.getvalue()
+    assert "games 2, mean score 250" in terminal.getvalue()
