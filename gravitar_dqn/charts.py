@@ -62,7 +62,7 @@ class Layout:
 OF_CURIOSITY = {"int_reward_mean", "int_reward_max", "rnd_loss"}  # columns
 TO_ZERO = {"rangemode": "tozero"}
 LOG = {"type": "log", "exponentformat": "power"}
-NO_GAME, NO_BONUS = "no game has ended yet", "no bonus has been computed yet"
+NO_GAME, NO_BONUS = "drawn when the first game ends", "drawn when the predictor has had its first gradient steps"
 SCORE = Chart(
     "score",
     "Score",

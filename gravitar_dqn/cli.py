@@ -29,7 +29,7 @@ from gravitar_dqn.arguments import (
 )
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError, did_you_mean
+from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
@@ -66,6 +66,8 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConf
     argv = list(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     saved_in = resume_folder(argv)
+    if saved_in is not None and not saved_in.exists() and (RUNS / saved_in).exists():
+        saved_in = RUNS / saved_in  # its name
     saved = load_run(saved_in, to_train=True) if saved_in is not None else None
     default = saved or get_preset(preset or "gravitar")
     if saved is not None and preset not in (None, saved.preset):
@@ -106,53 +108,64 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     check_bounds(arguments, "--")
     if arguments.snapshots and not arguments.run_dir:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
-    trained = load_trained(arguments, prog)
+    run_dir = find_one(arguments.run_dir) if is_run(arguments, prog) else None
+    trained = load_trained(arguments, run_dir)
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
     from gravitar_dqn.execution import choose_device
 
     how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed", "max_steps")}
     how["device"] = choose_device(arguments.device)
     with Stop() as stop:
-        result = evaluate(trained, **how, interrupted=lambda: stop.requested)
+        try:
+            result = evaluate(trained, **how, interrupted=lambda: stop.requested)
+        except Interrupted as error:
+            log.info(str(error))
+            return stop.exit_code
     partial = stop.requested and result["episodes"] < arguments.episodes
-    lines = [table(result)]
-    if arguments.run_dir:  # what is known of all games is not lost to what is known of a few
-        run_dir = find_one(arguments.run_dir)
-        name = "eval" + "_best" * (arguments.checkpoint == "best") + "_partial" * partial + ".json"
+    print(table(result))
+    if run_dir is not None:  # what is known of all games is not lost to what is known of a few
+        kinds = {"best": arguments.checkpoint == "best", "cut": arguments.max_steps > 0, "partial": partial}
+        name = "_".join(["eval", *(kind for kind, applies in kinds.items() if applies)]) + ".json"
         write_json(run_dir / name, result)
-        lines.append(f"written to {run_dir / name}")
-    print("\n".join(lines))
+        print(f"written to {run_dir / name}")
+    if arguments.max_steps:
+        log.info("games were cut off after %d steps: their scores are not those of whole games", arguments.max_steps)
     if partial:
         log.info("stopped after %d of %d games: long games are missing", result["episodes"], arguments.episodes)
-    elif arguments.snapshots:
+    elif run_dir is not None and arguments.snapshots:
         print(snapshot_table(evaluate_snapshots(run_dir, arguments.snapshots, **how)))
     return stop.exit_code if partial else 0
 
 
-def load_trained(arguments: PlayArguments, prog: str) -> Trained:
-    """The agent that was asked for; UserError unless it is one."""
-    run_dir, name = arguments.run_dir, arguments.pretrained
-    if (not run_dir) == (name is None):
+def is_run(arguments: PlayArguments, prog: str) -> bool:
+    """Whether a run's agent was asked for, not one that ships; UserError for neither, and both."""
+    word, name = arguments.run_dir, arguments.pretrained
+    if (not word) == (name is None):
         raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
-    if run_dir and not Path(run_dir).exists() and (PRETRAINED / f"{run_dir}.safetensors").exists():
-        raise UserError(f"{run_dir} is no run's folder, but weights of that name ship: {prog} --pretrained {run_dir}")
-    if run_dir:
-        home = find_one(run_dir)
-        load_run(home)  # a wrong folder is known before torch is loaded
-    elif arguments.checkpoint == "best":
+    if name is not None and arguments.checkpoint == "best":
         raise UserError("--checkpoint best is a run's: weights that ship are one checkpoint")
+    there = Path(word).exists() or (RUNS / word).exists()
+    if word and not there and (PRETRAINED / f"{word}.safetensors").exists():
+        raise UserError(f"{word} is no run's folder, but weights of that name ship: {prog} --pretrained {word}")
+    return bool(word)
+
+
+def load_trained(arguments: PlayArguments, run_dir: Path | None) -> Trained:
+    """The agent of a run, or the one that ships; UserError unless it is one."""
+    if run_dir is not None:
+        load_run(run_dir)  # a wrong folder is known before torch is loaded
     from gravitar_dqn import checkpoint, trained
 
-    if name is not None:
-        return trained.from_pretrained(name)
-    return trained.from_run(home, checkpoint.best_of(home) if arguments.checkpoint == "best" else None)
+    if run_dir is None:
+        return trained.from_pretrained(str(arguments.pretrained))
+    return trained.from_run(run_dir, checkpoint.best_of(run_dir) if arguments.checkpoint == "best" else None)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
     check_bounds(arguments, "--")
-    trained = load_trained(arguments, prog)
+    trained = load_trained(arguments, find_one(arguments.run_dir) if is_run(arguments, prog) else None)
     from gravitar_dqn.evaluation import load_policy
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import record_game
@@ -223,6 +236,13 @@ def export_command(argv: Sequence[str], prog: str = "export.py") -> None:
     arguments = parse(ExportArguments, argv, prog, "Write what runs have logged for another program.")
     from gravitar_dqn.export import export_tensorboard
 
+    if not arguments.runs:
+        raise UserError(f"no run: name one or more, {prog} runs/NAME")
+    names = [run_dir.resolve().name for run_dir in find(arguments.runs)]
+    if arguments.out is not None and len(set(names)) < len(names):
+        raise UserError(
+            f"two of the runs have the same name, one folder in {arguments.out} cannot hold both: --out for each"
+        )
     for run_dir in find(arguments.runs):
         print(export_tensorboard(run_dir, arguments.out))
 
@@ -319,7 +339,7 @@ def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> i
 def main() -> None:
     """The installed command `gravitar-dqn`."""
     name, *argv = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(f"gravitar-dqn {{{'|'.join(COMMANDS)}}} [options]; gravitar-dqn COMMAND --help tells more")
         sys.exit(0)
     if name in ("-V", "--version"):

@@ -230,9 +230,28 @@ def make_single(
         if image:
             frame_skip = FRAME_SKIP if kwargs["frameskip"] == 1 else 1
             env = AtariPreprocessing(env, noop_max=config.noop_max, frame_skip=frame_skip)
+        elif is_atari(spec):
+            env = _NoopStart(env, config.noop_max // FRAME_SKIP)
     except (gym.error.Error, ImportError) as error:  # a package that the game needs, such as cv2, is missing
         raise UserError(f"cannot make {config.id}: {' '.join(str(error).split())}") from None
     return env
+
+
+class _NoopStart(gym.Wrapper[Any, Any, Any, Any]):
+    """Begins every game with up to so many steps that do nothing, as `RamVectorEnv` does."""
+
+    def __init__(self, env: gym.Env[Any, Any], most: int) -> None:
+        super().__init__(env)
+        self._most = most
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset and do nothing for a while."""
+        obs, info = self.env.reset(**kwargs)
+        for _ in range(self.np_random.integers(0, self._most + 1)):
+            obs, _, terminated, truncated, info = self.env.step(0)
+            if terminated or truncated:  # cut off by a small max_frames
+                return self.env.reset()
+        return obs, info
 
 
 class _Shown(gym.Wrapper[Any, Any, Any, Any]):

@@ -28,6 +28,10 @@ class NotSaved(UserError):
     exit_code = 4
 
 
+class Interrupted(UserError):
+    """A signal came before there was anything to tell."""
+
+
 class SettingError(UserError):
     """A setting that cannot work: its name, and what is wrong with it."""
 

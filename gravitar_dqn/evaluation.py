@@ -23,7 +23,7 @@ from gravitar_dqn import checkpoint, functional
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec, frames_per_step, is_atari, make_envs, spec_of, spec_of_game
-from gravitar_dqn.errors import UserError
+from gravitar_dqn.errors import Interrupted, UserError
 from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
 from gravitar_dqn.sweep_plan import LAST_PART
@@ -31,7 +31,7 @@ from gravitar_dqn.trained import Trained, from_run
 
 log = logging.getLogger(__name__)
 
-SAY_EVERY = 30.0  # seconds
+SAY_EVERY, SHOW_EVERY = 30.0, 1.0  # seconds
 RANDOM_SCORE, HUMAN_SCORE = 173.0, 3351.4  # Gravitar, the usual constants of human-normalized scores
 
 
@@ -109,11 +109,12 @@ def play_games(
     max_steps: float = math.inf,
     interrupted: Callable[[], bool] = lambda: False,
     on_score: Callable[[float], None] = lambda score: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Scores of `episodes` whole games. Every environment plays its fixed share: short games count no more often.
 
     A game is cut off after `max_steps` agent steps. What ended before `interrupted` is returned then. `on_score` is
-    called with every score that counts.
+    called with every score that counts, `on_step` at every step.
     """
     num_envs = envs.num_envs
     quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
@@ -121,6 +122,7 @@ def play_games(
     policy.begin(envs.reset(seed=seed)[0])
     played, score, length = np.ones(num_envs, dtype=np.bool_), np.zeros(num_envs), np.zeros(num_envs)
     while any(len(done) < share for done, share in zip(scores, quota, strict=True)) and not interrupted():
+        on_step()
         actions = policy.act()
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         score += rewards * played
@@ -159,7 +161,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The contents of eval.json."""
     array = np.array(scores)
-    gravitar = "gravitar" in config.env.id.lower()
+    compared = "gravitar" in config.env.id.lower() and not max_steps
     atari = is_atari(gym.spec(config.env.id))
     return {
         "episodes": len(scores),
@@ -171,29 +173,43 @@ def summarize(
         "median": float(np.median(array)),
         "iqm": interquartile_mean(array),
         "iqm_ci95": list(bootstrap_interval(array, seed)),
-        "human_normalized": float((array.mean() - RANDOM_SCORE) / (HUMAN_SCORE - RANDOM_SCORE)) if gravitar else None,
+        "human_normalized": float((array.mean() - RANDOM_SCORE) / (HUMAN_SCORE - RANDOM_SCORE)) if compared else None,
         "returns": scores,
     } | ({"max_steps": max_steps} if max_steps else {})
 
 
 class Progress:
-    """Games played so far and their mean: a bar at a terminal, elsewhere a line of the log every half minute."""
+    """Games played so far and their mean: a bar at a terminal, elsewhere a line of the log every half minute.
+
+    Steps are shown too: games that an idle agent plays side by side all end together, after minutes.
+    """
 
     def __init__(self, episodes: int) -> None:
         self._scores: list[float] = []
-        self._episodes, self._said = episodes, time.monotonic()
+        self._episodes, self._steps = episodes, 0
+        self._said = self._shown = time.monotonic()
         self._bar = tqdm(total=episodes, unit=" games", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
         self._bar.refresh()
 
     def add(self, score: float) -> None:
         """Another game has ended."""
         self._scores.append(score)
-        mean = f"mean score {np.mean(self._scores):,.1f}"
-        self._bar.set_postfix_str(mean, refresh=False)
         self._bar.update()
-        if self._bar.disable and time.monotonic() - self._said >= SAY_EVERY:
-            log.info("%d of %d games, %s", len(self._scores), self._episodes, mean)
-            self._said = time.monotonic()
+
+    def step(self) -> None:
+        """Every game has gone a step on."""
+        self._steps += 1
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= SAY_EVERY:
+            log.info("%d of %d games, %s", len(self._scores), self._episodes, self._state())
+            self._said = now
+        if not self._bar.disable and now - self._shown >= SHOW_EVERY:
+            self._bar.set_postfix_str(self._state())
+            self._shown = now
+
+    def _state(self) -> str:
+        mean = f"mean score {np.mean(self._scores):,.1f}, " if self._scores else ""
+        return f"{mean}{self._steps:,} steps in each environment"
 
     def close(self) -> None:
         """Take the bar away: the table follows."""
@@ -220,9 +236,10 @@ def evaluate(
     envs = make_envs(dataclasses.replace(config.env, num_envs=min(episodes, 32)))
     policy = Policy(config, network, spec_of(envs), envs.num_envs, epsilon=epsilon, seed=seed)
     with contextlib.closing(envs), contextlib.closing(Progress(episodes)) as progress:
-        scores = play_games(envs, policy, episodes, seed, max_steps or math.inf, interrupted, progress.add)
+        limit = max_steps or math.inf
+        scores = play_games(envs, policy, episodes, seed, limit, interrupted, progress.add, progress.step)
     if not scores:
-        raise UserError("stopped before a game had ended: nothing is known of its scores")
+        raise Interrupted("stopped before a game had ended: nothing is known of the scores")
     step = trained.global_step
     return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=step, max_steps=max_steps)
 

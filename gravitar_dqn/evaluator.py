@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from gravitar_dqn.telemetry import CsvLog
 from gravitar_dqn.trained import from_run
 from gravitar_dqn.worker import Worker, serve
 
-COLUMNS = "global_step episodes mean std median iqm iqm_low iqm_high".split()
+COLUMNS = "global_step episodes games mean std median iqm iqm_low iqm_high".split()  # the first two are the run's
 EPSILON = 0.001
 OTHER_GAMES = 1_000_003  # so that `evaluate.py` plays others than those by which the best was chosen
 
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 class Evaluator:
     """Has the policy evaluated every `eval_every` steps, as `evaluate.py` does it, and keeps the best checkpoint.
 
-    While games are played no further evaluation is begun: training never waits. A failure is one warning, and the run
-    goes on without evaluations.
+    While games are played no further evaluation is begun: training waits only for the checkpoint that is evaluated to
+    be written. A failure is one warning, and the run goes on without evaluations.
 
     Args:
         run_dir: the run's folder.
@@ -47,10 +48,11 @@ class Evaluator:
         self._run_dir, self._config, self._agent, self._state = run_dir, config, agent, state
         self._every = config.eval_every
         self._due = (agent.global_step // self._every + 1) * self._every if self._every else 0
+        self._ordered = -1  # the step of the newest order
         self._candidate = checkpoint.folder(run_dir) / "candidate.pt"
         self._worker = Worker("gravitar_dqn.evaluator", "the evaluating process ended")
         path = run_dir / "evaluations.csv"
-        self._best = max(evaluations(path), default=None) if resumed else None
+        self._best = max((each.mean for each in evaluations(path)), default=None) if resumed else None
         self._rows = CsvLog(path, COLUMNS, 2**62 if resumed else None) if self._every else None
 
     def step(self, episodes: list[Episode]) -> None:
@@ -63,7 +65,7 @@ class Evaluator:
             self._order()
 
     def _order(self) -> None:
-        step = self._agent.global_step
+        self._ordered = step = self._agent.global_step
         self._due = (step // self._every + 1) * self._every
         try:
             checkpoint.write(self._candidate, self._state())
@@ -75,15 +77,16 @@ class Evaluator:
                 {
                     "run_dir": str(self._run_dir),
                     "checkpoint": str(self._candidate),
-                    "episodes": self._config.eval_episodes,
+                    "games": self._config.eval_episodes,
+                    "episodes": self._agent.episodes,
                     "seed": self._config.seed + OTHER_GAMES,
                 }
             )
         except OSError as error:
             self._give_up(str(error))
 
-    def _collect(self) -> None:
-        answer = self._worker.answer()
+    def _collect(self, timeout: float = 0.0) -> None:
+        answer = self._worker.answer(timeout)
         if answer is None:
             return None
         if "error" in answer:
@@ -91,25 +94,42 @@ class Evaluator:
         assert self._rows is not None
         low, high = answer["iqm_ci95"]
         row = {**answer, "iqm_low": low, "iqm_high": high}
-        self._rows.add([row[name] if name == "global_step" else f"{row[name]:g}" for name in COLUMNS])
+        self._rows.add([row[name] if isinstance(row[name], int) else f"{row[name]:g}" for name in COLUMNS])
         self._rows.flush()
         mean, best = answer["mean"], self._best is None or answer["mean"] > self._best
         log.info("evaluated after %d steps: mean %.1f%s", answer["global_step"], mean, ", the best so far" * best)
         if best:
-            self._best = mean
-            checkpoint.keep_best(self._run_dir, self._candidate, answer["global_step"])
+            try:
+                checkpoint.keep_best(self._run_dir, self._candidate, answer["global_step"])
+                self._best = mean
+            except OSError as error:
+                log.warning("the best checkpoint could not be kept: %s", error)
         return None
 
     def _give_up(self, reason: str) -> None:
         log.warning("no more evaluations: %s", reason)
         self._every = 0
 
+    def finish(self, interrupted: Callable[[], bool]) -> None:
+        """Evaluate the policy that the run has ended with, and wait for it unless `interrupted`."""
+        if self._every and self._ordered != self._agent.global_step:
+            log.info("the last policy is being evaluated; Ctrl-C leaves that out")
+            self._wait(interrupted)
+            if self._every and not interrupted():
+                self._order()
+        self._wait(interrupted)
+
+    def _wait(self, interrupted: Callable[[], bool]) -> None:
+        while self._worker.busy and not interrupted():
+            self._collect(timeout=0.2)
+
     def close(self) -> None:
         """End the process. An evaluation in the making takes minutes: it is not waited for."""
         if self._worker.busy:
             self._collect()
         self._worker.close()
-        self._candidate.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._candidate.unlink(missing_ok=True)
 
 
 def _evaluate(order: dict[str, Any]) -> dict[str, Any]:
@@ -117,12 +137,17 @@ def _evaluate(order: dict[str, Any]) -> dict[str, Any]:
     parent = os.getppid()
     try:
         trained = from_run(Path(order["run_dir"]), Path(order["checkpoint"]))
-        how = {"episodes": order["episodes"], "epsilon": EPSILON, "seed": order["seed"]}
+        how = {"episodes": order["games"], "epsilon": EPSILON, "seed": order["seed"]}
         cpu = torch.device("cpu")
         result = evaluate(trained, **how, device=cpu, interrupted=lambda: os.getppid() != parent)
     except (UserError, OSError) as error:
         return {"error": str(error)}
-    return {**result, "global_step": trained.global_step}
+    return {
+        **result,
+        "global_step": trained.global_step,
+        "episodes": order["episodes"],
+        "games": result["episodes"],
+    }
 
 
 if __name__ == "__main__":

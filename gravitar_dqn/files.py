@@ -65,8 +65,12 @@ def last_row(path: Path, tail: int = 2**16) -> dict[str, str]:
         header = file.readline()
         file.seek(max(len(header), path.stat().st_size - tail))
         lines = [line for line in file.read().decode(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
-    rows = list(csv.DictReader([header.decode(errors="replace"), *lines[-1:]]))
-    return rows[0] if rows and None not in rows[0] and None not in rows[0].values() else {}
+    names = next(csv.reader([header.decode(errors="replace")]), [])
+    for line in reversed(lines):
+        cells = next(csv.reader([line]), [])
+        if cells and len(cells) == len(names):
+            return dict(zip(names, cells, strict=True))
+    return {}
 
 
 def wall_seconds(run_dir: Path) -> float:

@@ -18,7 +18,7 @@ from gravitar_dqn.envs import make_single, spec_of_game
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import load_policy
 from gravitar_dqn.execution import choose_device
-from gravitar_dqn.runs import find_one
+from gravitar_dqn.runs import RUNS, find_one
 
 
 def load_agent(
@@ -32,7 +32,11 @@ def load_agent(
         device: auto, cpu, cuda or cuda:N.
         seed: of random actions, and of actions drawn from a policy.
     """
-    if str(name) in trained.names() and not Path(name).exists():
+    if checkpoint not in ("latest", "best"):
+        raise UserError(f"no checkpoint {checkpoint!r}: latest or best")
+    if str(name) in trained.names() and not (Path(name).exists() or (RUNS / name).exists()):
+        if checkpoint == "best":
+            raise UserError(f"{name} ships with the package: it is one checkpoint, not the best of a run")
         agent = trained.from_pretrained(str(name))
     else:
         try:

@@ -57,7 +57,9 @@ class PlotConfig:
 class Curve:
     """The scores of a run's training games."""
 
+    run: str  # its folder's name
     preset: str
+    seed: int
     settings: Mapping[str, Any]  # that differ from the preset's, by dotted names
     game: str
     x: Floats  # (games,), rising
@@ -145,7 +147,10 @@ def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
     changed = [] if preset is None else [line.partition(":")[0] for line in differences(preset, config)]
     values = flatten(to_dict(config))
     settings = {name: values[name] for name in changed if name not in UNDECIDING}
-    return Curve(config.preset, settings, config.env.id, over(steps), moving_mean(scores, smooth), evaluation)
+    name = run_dir.resolve().name
+    return Curve(
+        name, config.preset, config.seed, settings, config.env.id, over(steps), moving_mean(scores, smooth), evaluation
+    )
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, Floats]:
@@ -176,7 +181,10 @@ def evaluation_of(run_dir: Path) -> tuple[float, float] | None:
 
 
 def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Runs that differ only in their seed, by a name that says what tells them from the others."""
+    """Runs that differ only in their seed, by a name that says what tells them from the others.
+
+    Where that is all the difference there is, every run is alone.
+    """
     shared = set.intersection(*({*map(repr, curve.settings.items())} for curve in curves))
     presets = {curve.preset for curve in curves}
     groups: dict[str, list[Curve]] = {}
@@ -186,23 +194,28 @@ def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
             [curve.preset] * (len(presets) > 1 or not differing) + [setting.replace("_", "-") for setting in differing]
         )
         groups.setdefault(name, []).append(curve)
+    if len(groups) == 1:  # nothing to compare but the runs themselves
+        names = [f"{curve.preset}, seed {curve.seed}" for curve in curves]
+        names = names if len(set(names)) == len(names) else [curve.run for curve in curves]
+        return {name: [curve] for name, curve in zip(names, curves, strict=True)}
     return groups
 
 
 def draw(axes: Axes, name: str, group: Sequence[Curve], color: str, style: str) -> None:
     """One run as a line; several as their mean, and a band from the lowest to the highest as far as all of them go."""
-    end = min(curve.x[-1] for curve in group)
+    shortest = min(group, key=lambda curve: curve.x[-1])
+    end = shortest.x[-1]
+    if end < 0.9 * max(curve.x[-1] for curve in group):
+        log.warning("%s is drawn as far as %s goes: name the runs that went further alone", name, shortest.run)
     grid = np.linspace(max(curve.x[0] for curve in group), end, GRID)
     scores = np.stack([np.interp(grid, curve.x, curve.scores) for curve in group])
     label = name if len(group) == 1 else f"{name} ({len(group)} runs)"
     axes.plot(grid, scores.mean(0), style, color=color, linewidth=1.6, label=label)
     if len(group) > 1:
         axes.fill_between(grid, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
-    found = np.array([curve.evaluation for curve in group if curve.evaluation is not None])
-    if len(found):
-        at, means = found[:, 0].mean(), found[:, 1]
-        spread = [[means.mean() - means.min()], [means.max() - means.mean()]]
-        axes.errorbar(at, means.mean(), spread, fmt="D", color=color, markersize=5, capsize=3, clip_on=False)
+    for curve in group:
+        if curve.evaluation is not None:
+            axes.plot(*curve.evaluation, "D", color=color, markersize=5, clip_on=False)
 
 
 def check_published(options: PlotConfig, curves: Sequence[Curve]) -> None:

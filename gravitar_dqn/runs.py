@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError, did_you_mean
@@ -19,7 +19,20 @@ from gravitar_dqn.run_dir import is_held, load_run
 
 RUNS = Path("runs")  # where `train` makes the folders of its runs
 
+FEW_GAMES = 20  # fewer say little
+
 State = Literal["running", "finished", "stopped", "died"]
+
+
+@dataclass(frozen=True, order=True)
+class Evaluation:
+    """Whole games of a fixed policy."""
+
+    mean: float
+    episodes: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:,.1f} ({self.episodes} games)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Standing:
     minutes: float  # of training
     progress: float  # share of the limit that is nearest, 0 to 1
     mean_score: float | None  # of the last 100 training games; None before the first has ended
-    best: float | None  # the highest mean of an evaluation; None without one
+    best: Evaluation | None  # the one with the highest mean; None without one
 
     @property
     def label(self) -> str:
@@ -60,13 +73,12 @@ def standing(run_dir: Path, *, running: bool | None = None) -> Standing:
     step, episodes, seconds = (int(_number(row, name)) for name in ("global_step", "episodes", "wall_seconds"))
     score = _number(row, "return_mean", math.nan)
     progress = min(1.0, max(shares(config, step, episodes, seconds)))
+    saved = max((path.stem for path in (run_dir / "checkpoints").glob("step_*.pt")), default="")
     state: State = "died"
     if is_held(run_dir) if running is None else running:
         state = "running"
-    elif progress >= 1:
-        state = "finished"
-    elif (run_dir / "checkpoints" / "latest").resolve().stem == f"step_{step:012d}":
-        state = "stopped"
+    elif row and saved == f"step_{step:012d}":  # what it ended with
+        state = "finished" if progress >= 1 else "stopped"
     return Standing(
         run_dir=run_dir,
         config=config,
@@ -77,15 +89,16 @@ def standing(run_dir: Path, *, running: bool | None = None) -> Standing:
         minutes=seconds / 60,
         progress=progress,
         mean_score=score if math.isfinite(score) else None,
-        best=best_score(run_dir),
+        best=best_evaluation(run_dir),
     )
 
 
 def _number(row: Mapping[str, str], name: str, default: float = 0.0) -> float:
     try:
-        return float(row.get(name, ""))
+        value = float(row.get(name, ""))
     except ValueError:
         return default
+    return value if math.isfinite(value) else default
 
 
 def shares(config: RunConfig, global_step: int, episodes: int, wall_seconds: float) -> list[float]:
@@ -97,19 +110,20 @@ def shares(config: RunConfig, global_step: int, episodes: int, wall_seconds: flo
     ]
 
 
-def evaluations(path: Path) -> list[float]:
-    """Mean scores of the evaluations during training, in the order of evaluations.csv."""
-    means = [_number(row, "mean", math.nan) for row in read_rows(path)]
-    return [mean for mean in means if math.isfinite(mean)]
+def evaluations(path: Path) -> list[Evaluation]:
+    """The evaluations during training, in the order of evaluations.csv."""
+    found = [Evaluation(_number(row, "mean", math.nan), int(_number(row, "games"))) for row in read_rows(path)]
+    return [each for each in found if math.isfinite(each.mean)]
 
 
-def best_score(run_dir: Path) -> float | None:
-    """The highest mean score of a run's evaluations, those during training and later ones."""
+def best_evaluation(run_dir: Path) -> Evaluation | None:
+    """The evaluation with the highest mean, of those during training and later ones; few games only without others."""
     found = evaluations(run_dir / "evaluations.csv")
     for name in ("eval.json", "eval_best.json"):
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # none, or a damaged one
-            found.append(float(read_json(run_dir / name)["mean"]))
-    return max(found, default=None)
+            result = read_json(run_dir / name)
+            found.append(Evaluation(float(result["mean"]), int(result["episodes"])))
+    return max([each for each in found if each.episodes >= FEW_GAMES] or found, default=None)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -121,7 +135,8 @@ def runs_in(folder: Path) -> list[Path]:
 def find(words: Sequence[str | Path], home: Path = RUNS) -> list[Path]:
     """The folders of the runs that were named, each once.
 
-    A word is a run's folder; a folder of runs; the name of one in `home`; or a preset, for all its runs in `home`.
+    A word is a run's folder; a folder of runs; the name of one in `home`, or how its name begins; or a preset, for all
+    its runs in `home`.
     UserError for a word that is none of these.
     """
     found: dict[Path, None] = {}
@@ -147,20 +162,30 @@ def _named(word: str, home: Path) -> Iterable[Path]:
             return inside
     there = runs_in(home)
     if word in PRESETS:
-        if of_preset := [run_dir for run_dir in there if read_json(run_dir / "config.json").get("preset") == word]:
+        if of_preset := [run_dir for run_dir in there if _preset(run_dir) == word]:
             return of_preset
         raise UserError(f"there is no run of the preset {word} in {home}")
     if Path(word).is_dir():
         raise UserError(f"{word} is not a run's folder, and there is none in it")
+    if beginning := [run_dir for run_dir in there if run_dir.name.startswith(word)]:
+        return beginning
     hint = did_you_mean(word, [*(run_dir.name for run_dir in there), *PRESETS])
     raise UserError(f"{word} is no run: {hint}name a run's folder, one in {home}, or a preset")
 
 
+def _preset(run_dir: Path) -> Any:
+    with contextlib.suppress(UserError):  # a damaged one is no reason to find none
+        return read_json(run_dir / "config.json").get("preset")
+    return None
+
+
 def table(standings: Sequence[Standing]) -> str:
     """The runs as lines for a terminal, under a line of headings."""
-    rows: list[tuple[str, ...]] = [("run", "preset", "seed", "state", "steps", "minutes", "done", "last 100", "best")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "preset", "seed", "state", "steps", "minutes", "done", "last 100", "best evaluation")
+    ]
     for run in standings:
-        scores = ("-" if score is None else f"{score:,.1f}" for score in (run.mean_score, run.best))
+        scores = "-" if run.mean_score is None else f"{run.mean_score:,.1f}", str(run.best or "-")
         amounts = f"{run.global_step:,}", f"{run.minutes:.1f}", f"{run.progress:.0%}"
         rows.append((run.run_dir.name, run.config.preset, str(run.config.seed), run.state, *amounts, *scores))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

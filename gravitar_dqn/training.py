@@ -14,7 +14,8 @@ import torch
 from gravitar_dqn import checkpoint
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.dashboard.thread import Dashboard, check_address
+from gravitar_dqn.dashboard.connection import check_address
+from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
 from gravitar_dqn.envs import EnvSpec, find_game, is_atari, make_envs, spec_of
 from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, UserError
@@ -110,7 +111,7 @@ def follow(
     spec: EnvSpec,
     state: Mapping[str, Any],
     further: Callable[[], Iterable[Observer]],
-) -> Iterator[tuple[Tracker, Checkpointer, list[Observer]]]:
+) -> Iterator[tuple[Tracker, Checkpointer, Evaluator, list[Observer]]]:
     """Everything that follows a run, dashboard and films too, in the order of their calls; closed at the end."""
     with contextlib.ExitStack() as closing:
         try:
@@ -126,7 +127,7 @@ def follow(
             console = Console(agent, state.get("console"))
             checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
             evaluator = Evaluator(run_dir, config, agent, checkpointer.state, resumed=bool(state))
-            others = [evaluator, *further()]
+            others = [*further()]
         except OSError as error:
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
@@ -142,7 +143,7 @@ def follow(
         closing.enter_context(tracker)
         closing.callback(recorder.close)
         closing.callback(evaluator.close)
-        yield tracker, checkpointer, [console, tracker, recorder, checkpointer, *others]
+        yield tracker, checkpointer, evaluator, [console, tracker, recorder, checkpointer, evaluator, *others]
 
 
 def check_machine(config: RunConfig) -> torch.device:
@@ -177,6 +178,8 @@ def doubts(config: RunConfig) -> Iterator[str]:
             f"the run ends after {config.total_steps} steps and learns nothing: learning begins after "
             f"{config.first_update}"
         )
+    if config.env.obs_type == "ram" and not is_atari(find_game(config.env)):
+        yield f"env.obs_type ram is for ALE's games: {config.env.id} is played as without it"
     meant = PRESETS[config.preset].env if config.preset in PRESETS else config.env
     if is_atari(find_game(meant)) != is_atari(find_game(config.env)):
         yield (
@@ -248,7 +251,7 @@ def run(
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         with contextlib.nullcontext() if state else removed_after_errors(run_dir):
-            tracker, checkpointer, observers = closing.enter_context(following)
+            tracker, checkpointer, evaluator, observers = closing.enter_context(following)
             if not state:
                 checkpointer.save_first()
         timer = Timer(torch.cuda.synchronize if show_times and agent.device.type == "cuda" else None)
@@ -266,6 +269,8 @@ def run(
                     log.info("stopping: the run is being saved")
                 tracker.finish()
                 checkpointer.save_last()
+                if at_end:
+                    evaluator.finish(lambda: stop.requested)
         except (NotFinite, OutOfMemory) as error:
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
         if show_times:

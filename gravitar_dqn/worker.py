@@ -43,7 +43,9 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the training process
+                # Ctrl-C is for the training process. Not a session of its own: Linux shares processor time out among
+                # sessions first, and idle priority would count within this one only.
+                process_group=0,
             )
             threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
         assert self._process.stdin is not None
@@ -81,7 +83,11 @@ def serve(carry_out: Callable[[Table], Table]) -> Table | None:
     for line in io.TextIOWrapper(sys.stdin.buffer):
         order = json.loads(line)
         try:
-            answers.write(json.dumps(carry_out(order)) + "\n")
+            answer = carry_out(order)
+        except Exception as error:  # whatever it is, nobody else would hear of it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            answers.write(json.dumps(answer) + "\n")
             answers.flush()
         except OSError:  # the run was killed
             break

@@ -527,6 +527,28 @@ def test_it_is_said_when_learning_begins(capsys: pytest.CaptureFixture[str]) -> 
     assert "learning begins" not in capsys.readouterr().err
 
 
+def test_a_run_goes_on_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "runs/a") == 0
+    assert train("--resume", "a", "--total-steps", 70) == 0
+    assert rows(Path("runs/a/metrics.csv"))[-1]["global_step"] == 70
+
+
+def test_ram_of_a_game_without_a_console_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*CARTPOLE, "--env.obs-type", "ram", "--total-steps", 60, "--run-dir", "run") == 0
+    assert "warning: env.obs_type ram is for ALE's games: CartPole-v1 is played as without it" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_export_needs_runs_and_a_folder_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, cli.run(cli.export_command, [], "export.py")).startswith("no run: name one or more")
+    for home in ("a", "b"):
+        assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", f"{home}/run") == 0
+    capsys.readouterr()
+    words = ["a/run", "b/run", "--out", "logs"]
+    assert "have the same name" in refusal(capsys, cli.run(cli.export_command, words, "export.py"))
+
+
 def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(cli.runs_command, [], "runs.py") == 0
     assert capsys.readouterr().out == "there is no run in runs yet: train.py begins one\n"

@@ -276,7 +276,7 @@ def test_environment_names_are_safe_and_never_shared() -> None:
     assert environment_name(Path("a_b")) == environment_name(Path.cwd() / "a_b")
 
 
-@pytest.mark.parametrize("address", ["ftp://x", "http://", "http://x:y", "http://x:0", ""])
+@pytest.mark.parametrize("address", ["ftp://x", "http://", "http://x:y", "http://x:0", "", "no"])
 def test_a_bad_address_is_named(tmp_path: Path, address: str) -> None:
     with pytest.raises(UserError, match="is not a server's address"):
         Dashboard(tmp_path, address)
@@ -391,7 +391,9 @@ def test_the_newest_video_of_bearable_size_is_shown(
     monkeypatch.setattr(view, "LARGEST_VIDEO", 10)
     videos = tmp_path / "videos"
     board = begin(boards, write_run(tmp_path / "run", 5), server.url, video_dir=videos)
-    wait_until(lambda: "no game has been" in str(server.windows(board.environment).get("video")))
+    wait_until(
+        lambda: "drawn when one is filmed: every 25 games" in str(server.windows(board.environment).get("video"))
+    )
     videos.mkdir()
     for age, (name, size) in enumerate(
         [

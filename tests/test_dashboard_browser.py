@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from visdom_helpers import Server, append_metrics, pretend_prepared, wait_until, write_run
+from visdom_helpers import Server, append_metrics, pretend_prepared, saved_at, wait_until, write_run
 
 from gravitar_dqn.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.thread import Dashboard
@@ -219,6 +219,7 @@ def test_runs_are_listed_compared_in_two_colours_and_seen_to_end(tmp_path: Path,
             browser.get(boards[0].url)
             wait_until(lambda: "running" in text_of(browser, "Run"), 30)
             append_metrics(runs[0], *range(100, 120))
+            saved_at(runs[0], 120_000)
         finally:
             for board in boards:
                 board.close()

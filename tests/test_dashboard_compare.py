@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from visdom_helpers import WINDOWS, Server, append_metrics, pretend_prepared, wait_until, write_run
+from visdom_helpers import WINDOWS, Server, append_metrics, pretend_prepared, saved_at, wait_until, write_run
 
 from gravitar_dqn.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.dashboard import draw
@@ -174,6 +174,8 @@ def test_finished_runs_are_drawn_saved_and_compared(
     runs = [
         write_run(tmp_path / f"seed{seed}", 20, seed=seed, total_steps=20_000, video_dir=str(videos)) for seed in (1, 2)
     ]
+    for run in runs:
+        saved_at(run, 20_000)
     (videos / "seed1").mkdir(parents=True)
     (videos / "seed1" / "episode_000025_score_700.mp4").write_bytes(b"m")
     urls = draw_runs([*runs, runs[0]], server.url)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from visdom_helpers import append_metrics, write_run
+from visdom_helpers import append_metrics, saved_at, write_run
 
 from gravitar_dqn.dashboard.board import Board
 from gravitar_dqn.dashboard.compare import state_of
@@ -46,14 +46,14 @@ def test_the_run_window_says_all_about_a_run_that_goes_on(tmp_path: Path) -> Non
 
 def test_the_run_window_has_a_word_and_a_colour_for_every_state(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10, total_steps=20_000)
-    (run / "checkpoints").mkdir()
     seen = {}
     with lock(run):
         seen["running"] = run_pane(standing(run))
     seen["died"] = run_pane(standing(run))
-    (run / "checkpoints" / "latest").symlink_to("step_000000010000.pt")
+    saved_at(run, 10_000)
     seen["stopped"] = run_pane(standing(run))
     append_metrics(run, *range(10, 20))
+    saved_at(run, 20_000)
     seen["finished"] = run_pane(standing(run))
     for state, pane in seen.items():
         assert state_of({"run": {"content": content(pane)}}) == state
@@ -113,7 +113,7 @@ def test_a_chart_without_data_says_when_there_will_be(preset: str) -> None:
         # Without a range: the page would keep it when there is data.
         assert not layout["xaxis"]["visible"] and layout["yaxis"] == {"visible": False, "fixedrange": True}
     said = {chart.key: chart.empty for chart in board.charts}
-    assert said["score"] == "no game has ended yet"
+    assert said["score"] == "drawn when the first game ends"
     starts = {"gravitar": "20,000", "cartpole": "1,000", "ppo": "8,192", "randal": "46,592"}  # (128 + 600) x 64
     if preset in starts:
         learned = said["loss"] if "loss" in said else said["policy_loss"]

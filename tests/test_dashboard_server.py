@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from faults import injected
-from visdom_helpers import ROOT, Server, append_metrics, environ, pretend_prepared, wait_until, write_run
+from visdom_helpers import ROOT, Server, append_metrics, environ, pretend_prepared, saved_at, wait_until, write_run
 
 from gravitar_dqn.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.compare import state_of
@@ -276,6 +276,7 @@ def test_the_last_drawing_says_how_a_run_ended(tmp_path: Path, server: Server) -
         board.start()
         wait_until(lambda: state_of(server.windows(board.environment)) == "running")
         append_metrics(run, 10)
+        saved_at(run, 11_000)
         board.close()
         assert state_of(server.windows(board.environment)) == "finished"
 

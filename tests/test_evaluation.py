@@ -1,5 +1,6 @@
 """Evaluation: the statistics against hand-computed numbers, and games counted fairly."""
 
+import io
 import json
 import logging
 import signal
@@ -26,6 +27,7 @@ from gravitar_dqn.evaluation import (
 )
 from gravitar_dqn.networks import QNetwork
 from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.processes import Stop
 
 FIELDS = "episodes epsilon sticky_actions frames_trained mean std median iqm iqm_ci95 human_normalized returns".split()
 
@@ -226,15 +228,33 @@ def test_scores_that_count_are_told_as_they_come() -> None:
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also before a game has ended: an idle agent's end all together, after minutes."""
     now = [100.0]
     monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO, "gravitar_dqn")
     progress = evaluation.Progress(3)
-    for score, seconds in ((100, 10), (300, 25), (800, 5)):
+    for seconds, scores in ((10, []), (21, []), (10, [100]), (10, [300]), (11, [])):
+        for score in scores:
+            progress.add(score)
         now[0] += seconds
-        progress.add(score)
+        progress.step()
     progress.close()
-    assert [record.getMessage() for record in caplog.records] == ["2 of 3 games, mean score 200.0"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "0 of 3 games, 2 steps in each environment",
+        "2 of 3 games, mean score 200.0, 5 steps in each environment",
+    ]
+
+
+def test_progress_at_a_terminal_moves_before_a_game_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, now = io.StringIO(), [100.0]
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
+    progress = evaluation.Progress(3)
+    now[0] += 2
+    progress.step()
+    assert "1 steps in each environment" in terminal.getvalue()
+    progress.close()
 
 
 def test_ctrl_c_keeps_the_games_that_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +268,7 @@ def test_ctrl_c_keeps_the_games_that_ended(tmp_path: Path, capsys: pytest.Captur
         def raise_signal(score: float) -> None:
             signal.raise_signal(signal.SIGINT)
 
-        return played(*args[:6], raise_signal, **kwargs)
+        return played(*args[:6], raise_signal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "play_games", interrupted)
@@ -266,7 +286,8 @@ def test_ctrl_c_before_a_game_has_ended_says_so(tmp_path: Path, capsys: pytest.C
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "play_games", lambda *args: [])
-        assert evaluate(run_dir) == 2
+        patch.setattr(Stop, "exit_code", 130)
+        assert evaluate(run_dir) == 130
     assert "stopped before a game had ended" in capsys.readouterr().err
     assert not list(run_dir.glob("eval*.json"))
 
@@ -275,6 +296,19 @@ def test_games_are_cut_off_after_the_steps_asked_for(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     assert evaluate(run_dir, "--episodes", 4, "--max-steps", 5) == 0
-    result = json.loads((run_dir / "eval.json").read_text())
+    assert not (run_dir / "eval.json").exists(), "they are no whole games"
+    result = json.loads((run_dir / "eval_cut.json").read_text())
     assert result["returns"] == [5.0] * 4
     assert result["max_steps"] == 5
+
+
+def test_what_was_played_is_shown_where_it_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
+    (run_dir / "eval.json").mkdir()
+    assert evaluate(run_dir, "--episodes", 2) == 2
+    told = capsys.readouterr()
+    assert "games                2" in told.out
+    assert "error: " in told.err

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ import pytest
 from run_helpers import CARTPOLE, refusal, rows, train
 
 from gravitar_dqn import checkpoint, cli, evaluator
+from gravitar_dqn.arguments import EvaluateArguments
 from gravitar_dqn.evaluator import Evaluator
-from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run_dir import load_run
-from gravitar_dqn.runs import best_score
+from gravitar_dqn.runs import Evaluation, best_evaluation
 from gravitar_dqn.trained import from_run
 from gravitar_dqn.worker import Worker
 
@@ -49,11 +50,11 @@ class Answers(Worker):
     def answer(self, timeout: float = 0.0) -> dict[str, Any] | None:
         self.busy = False
         mean = self.means.pop(0)
-        numbers = {"std": 1.0, "median": mean, "iqm": mean, "iqm_ci95": [mean - 1, mean + 1], "episodes": 7}
-        return {**numbers, "mean": mean, "global_step": AGENT.global_step}
+        numbers = {"std": 1.0, "median": mean, "iqm": mean, "iqm_ci95": [mean - 1, mean + 1], "games": 7}
+        return {**numbers, "mean": mean, "global_step": AGENT.global_step, "episodes": self.orders[-1]["episodes"]}
 
 
-AGENT: Any = SimpleNamespace(global_step=0)
+AGENT: Any = SimpleNamespace(global_step=0, episodes=12)
 
 
 def make(run_dir: Path, *means: float, every: int = 100, resumed: bool = False) -> Evaluator:
@@ -92,10 +93,9 @@ def test_every_so_many_steps_and_the_best_stays(
     assert best_at(run_dir) == "best_000000000201", "a worse one took its place"
     assert len(worker.orders) == 3
     assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20, 50, 30]
-    assert rows(run_dir / "evaluations.csv")[1] == {
-        "global_step": 201, "episodes": 7, "mean": 50, "std": 1, "median": 50, "iqm": 50, "iqm_low": 49, "iqm_high": 51,
-    }  # fmt: skip
-    assert best_score(run_dir) == 50
+    expected = {"global_step": 201, "episodes": 12, "games": 7, "mean": 50, "std": 1, "median": 50}
+    assert rows(run_dir / "evaluations.csv")[1] == {**expected, "iqm": 50, "iqm_low": 49, "iqm_high": 51}
+    assert best_evaluation(run_dir) == Evaluation(50.0, 7)
     assert caplog.records[-1].getMessage() == "evaluated after 451 steps: mean 30.0"
     made.close()
     assert not list(checkpoint.folder(run_dir).glob("candidate*"))
@@ -147,11 +147,15 @@ def test_another_process_plays_whole_games(run_dir: Path, caplog: pytest.LogCapt
     play_to(made, 90)
     wait_for(made, lambda: not made._worker.busy)
     (row,) = rows(run_dir / "evaluations.csv")
-    assert (row["global_step"], row["episodes"]) == (60, 7), "the step is that of the checkpoint's agent"
+    assert (row["global_step"], row["games"]) == (60, 7), "the step is that of the checkpoint's agent"
     assert row["mean"] >= 8, "a CartPole game lasts at least 8 steps"
     assert from_run(run_dir, checkpoint.best_of(run_dir)).global_step == 60
     process = made._worker._process
     assert process is not None
+    if sys.platform == "linux":
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+    assert os.getsid(process.pid) == os.getsid(0), "of a session of its own, idle priority would mean nothing to us"
+    assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C would reach it"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     play_to(made, 120)
@@ -171,7 +175,7 @@ def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pyte
     run = tmp_path / "evaluated"
     words = [*CARTPOLE, "--eval-every", 100, "--eval-episodes", 3, "--total-steps", 450, "--run-dir", run]
     assert train(*words) == 0
-    assert [row["global_step"] for row in rows(run / "evaluations.csv")] == [100, 200, 300, 400]
+    assert [row["global_step"] for row in rows(run / "evaluations.csv")] == [100, 200, 300, 400, 450], "the last too"
     best = max(rows(run / "evaluations.csv"), key=lambda row: row["mean"])
     assert checkpoint.read(checkpoint.best_of(run))["agent"]["clocks"]["global_step"] == best["global_step"]
     words = [str(run), "--episodes", "2"]
@@ -190,5 +194,73 @@ def test_a_run_without_a_best_checkpoint_says_how_to_get_one(run_dir: Path, caps
     assert said.startswith("--checkpoint best is a run's")
 
 
-def test_evaluations_play_other_games_than_evaluate_does() -> None:
-    assert PRESETS["gravitar"].seed + evaluator.OTHER_GAMES < 2**31, "the emulator's seeds have 31 bits"
+def test_the_games_are_others_than_those_that_evaluate_plays(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0)
+    play_to(made, 100)
+    worker: Any = made._worker
+    seed = worker.orders[0]["seed"]
+    assert seed not in (load_run(run_dir).seed, EvaluateArguments().seed)
+    assert seed < 2**31, "the emulator's seeds have 31 bits"
+
+
+@pytest.mark.parametrize("trouble", ["no candidate", "full disk"])
+def test_a_best_that_cannot_be_kept_is_a_warning(
+    trouble: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0, 15.0)
+    play_to(made, 100)
+    with pytest.MonkeyPatch.context() as patch:
+        if trouble == "no candidate":
+            (checkpoint.folder(run_dir) / "candidate.pt").unlink()
+        else:
+
+            def full(name: str, path: Path) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            patch.setattr(checkpoint, "_point_to", full)
+        play_to(made, 101)
+    assert "the best checkpoint could not be kept: " in caplog.text
+    play_to(made, 200, 201)
+    assert best_at(run_dir) == "best_000000000201", "what was not kept is no best to beat"
+    made.close()
+
+
+def test_what_is_done_at_the_end_is_not_lost(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0)
+    play_to(made, 100)
+    made.close()
+    assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20]
+
+
+def test_ctrl_c_leaves_the_last_evaluation_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Answers)
+    AGENT.global_step = 60
+    made = make(run_dir)
+    made.finish(lambda: True)
+    worker: Any = made._worker
+    assert worker.orders == []
+
+
+def test_games_end_with_the_run_that_ordered_them(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 7, 1])
+    monkeypatch.setattr(evaluator.os, "getppid", lambda: next(parents, 1))
+    order = {"run_dir": str(run_dir), "checkpoint": str(checkpoint.folder(run_dir) / "latest"), "games": 500}
+    assert evaluator._evaluate({**order, "episodes": 1, "seed": 3}).keys() == {"error"}
+
+
+def test_a_resumed_run_may_begin_to_evaluate(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce(Answers):
+        def answer(self, timeout: float = 0.0) -> dict[str, Any] | None:
+            self.busy = False
+            return evaluator._evaluate(self.orders[-1])
+
+    monkeypatch.setattr(evaluator, "Worker", AtOnce)
+    words = ["--total-steps", 160, "--eval-every", 100, "--eval-episodes", 2]
+    assert train("--resume", run_dir, *words) == 0
+    assert [row["global_step"] for row in rows(run_dir / "evaluations.csv")] == [100, 160]

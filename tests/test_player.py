@@ -48,6 +48,11 @@ def test_what_is_no_agent_is_named(in_runs: Path) -> None:
         load_agent("nothing")
     with pytest.raises(UserError, match="has no best checkpoint: --eval-every"):
         load_agent("dqn", checkpoint="best")
+    wrong: Any = "bset"
+    with pytest.raises(UserError, match="no checkpoint 'bset': latest or best"):
+        load_agent("dqn", checkpoint=wrong)
+    with pytest.raises(UserError, match="gravitar-ram ships with the package"):
+        load_agent("gravitar-ram", checkpoint="best")
     with pytest.raises(ValueError, match=re.escape("an observation has the shape (4,), not (5,): see make_env")):
         load_agent("dqn").predict(np.zeros(5))
 
@@ -115,3 +120,14 @@ def test_the_example_of_the_readme_plays_a_game(
     monkeypatch.setattr(gravitar_dqn.Player, "make_env", short)
     exec(compile(example, "README.md", "exec"), {})
     assert re.match(r"^\d+(\.\d+)?\n$", capsys.readouterr().out)
+
+
+def test_games_begin_as_in_training() -> None:
+    """Up to 30 emulator frames of no-ops, in steps of 4, before the agent plays."""
+    env = load_agent("gravitar-ram", device="cpu").make_env()
+    begun = set()
+    for seed in range(40):
+        env.reset(seed=seed)
+        begun.add(env.unwrapped.ale.getEpisodeFrameNumber())  # type: ignore[attr-defined]
+    assert begun == {4 * steps for steps in range(8)}
+    env.close()

@@ -110,8 +110,8 @@ def test_seeds_of_the_same_settings_are_a_band(tmp_path: Path, figures: list[Fig
     low, high = axes.collections[0].get_datalim(axes.transData).get_points()[:, 1]
     assert (low, high) == (1.0, 150.0)
     assert axes.get_title() == "ALE/Gravitar-v5"
-    marker = next(drawn for drawn in axes.get_lines() if drawn.get_marker() == "D")
-    assert (list(marker.get_xdata()), list(marker.get_ydata())) == ([5000.0], [60.0])
+    markers = [drawn for drawn in axes.get_lines() if drawn.get_marker() == "D" and len(drawn.get_xdata())]
+    assert [(*marker.get_xdata(), *marker.get_ydata()) for marker in markers] == [(5000.0, 40.0), (5000.0, 80.0)]
 
 
 def test_presets_are_told_apart_and_what_all_share_is_not_told(tmp_path: Path, figures: list[Figure]) -> None:
@@ -183,7 +183,7 @@ def test_runs_are_named_as_everywhere_else(tmp_path: Path, figures: list[Figure]
     for words in (["gravitar"], ["a", "c"], ["runs", "a"]):
         assert draw(*words) == 0
     assert [labels(figure) for figure in figures] == [
-        ["gravitar (2 runs)"],
+        ["a", "b"],  # nothing else tells them apart, not even their seeds
         ["gravitar", "ppo"],
         ["gravitar (2 runs)", "ppo"],
     ]
@@ -231,3 +231,20 @@ def test_a_real_run_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw("run", "--x", "minutes") == 0
     assert capsys.readouterr().out == "curves.png\n"
     assert Path("curves.png").read_bytes().startswith(PNG)
+
+
+def test_seeds_alone_are_a_curve_each(tmp_path: Path, figures: list[Figure]) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / f"run{seed}", seed=seed)
+    assert draw("gravitar") == 0
+    assert labels(figures[0]) == ["gravitar, seed 1", "gravitar, seed 2"]
+
+
+def test_a_band_that_ends_early_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, games in (("long", 100), ("short", 40)):
+        make_run(tmp_path / "runs" / name, games=games)
+    make_run(tmp_path / "runs" / "other", agent__n_step=4)
+    assert draw("runs") == 0
+    assert "warning: gravitar is drawn as far as short goes: name the runs that went further alone" in (
+        capsys.readouterr().err
+    )

@@ -9,21 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from visdom_helpers import METRICS, metrics_row, write_run
+from visdom_helpers import METRICS, metrics_row, saved_at, write_run
 
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import last_row
 from gravitar_dqn.run_dir import is_held, lock
-from gravitar_dqn.runs import best_score, find, runs_in, standing, table
-
-
-def saved_at(run_dir: Path, step: int) -> None:
-    """A checkpoint's name, without a checkpoint."""
-    home = run_dir / "checkpoints"
-    home.mkdir(exist_ok=True)
-    (home / f"step_{step:012d}.pt").touch()
-    (home / "latest").unlink(missing_ok=True)
-    (home / "latest").symlink_to(f"step_{step:012d}.pt")
+from gravitar_dqn.runs import Evaluation, best_evaluation, find, find_one, runs_in, standing, table
 
 
 def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:
@@ -36,7 +27,7 @@ def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:
     path.write_text("a,b\n" + "".join(f"{i},{2 * i}\n" for i in range(30_000)))
     assert last_row(path) == {"a": "29999", "b": "59998"}
     path.write_text("a,b\n1,2\n3\n")
-    assert last_row(path) == {}, "a row with too few cells is no row"
+    assert last_row(path) == {"a": "1", "b": "2"}, "a row with too few cells is no row"
 
 
 def test_a_lock_is_seen_from_another_process_and_left_alone(tmp_path: Path) -> None:
@@ -60,10 +51,20 @@ def test_the_state_is_told_by_the_files(tmp_path: Path) -> None:
         assert standing(run, running=False).state == "died"
     saved_at(run, 100_000)
     assert standing(run).state == "stopped"
+    (run / "checkpoints" / "latest").unlink()  # as a copy leaves it
+    assert standing(run).state == "stopped"
     record = json.loads((run / "config.json").read_text())
     record["config"]["total_steps"] = 100_000
     (run / "config.json").write_text(json.dumps(record))
     assert standing(run).state == "finished"
+    (run / "checkpoints" / "step_000000100000.pt").unlink()
+    assert standing(run).state == "died", "its end was not saved"
+
+
+def test_a_run_that_was_killed_at_once_has_died(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 0)
+    saved_at(run, 0)
+    assert standing(run).state == "died"
 
 
 def test_progress_is_that_of_the_nearest_limit(tmp_path: Path) -> None:
@@ -95,14 +96,36 @@ def test_a_run_that_has_just_begun_has_no_score(tmp_path: Path) -> None:
     assert standing(run).mean_score is None  # NaN
 
 
-def test_the_best_evaluation_is_the_best_of_all(tmp_path: Path) -> None:
+def test_the_best_evaluation_is_the_best_of_enough_games(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 5)
-    assert best_score(run) is None
-    (run / "eval.json").write_text('{"mean": 300.0}')
-    (run / "evaluations.csv").write_text("global_step,mean\n1000,250\n2000,410.5\n3000,")
-    assert best_score(run) == standing(run).best == 410.5
-    (run / "eval.json").write_text("[damaged")
-    assert standing(run).best == 410.5
+    assert best_evaluation(run) is None
+    (run / "eval.json").write_text('{"mean": 500.0, "episodes": 3}')
+    assert str(best_evaluation(run)) == "500.0 (3 games)", "better than nothing"
+    (run / "evaluations.csv").write_text("global_step,episodes,games,mean\n1000,7,40,250\n2000,9,40,410.5\n3000,")
+    assert best_evaluation(run) == standing(run).best == Evaluation(410.5, 40)
+    (run / "eval_best.json").write_text('{"mean": 420.0, "episodes": 100}')
+    (run / "eval_cut.json").write_text('{"mean": 999.0, "episodes": 100}')
+    assert best_evaluation(run) == Evaluation(420.0, 100)
+    (run / "eval_best.json").write_text("[damaged")
+    assert best_evaluation(run) == Evaluation(410.5, 40)
+
+
+def test_a_damaged_folder_hides_no_other(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", 3, "ppo"), write_run(tmp_path / "b", 3, "ppo")
+    (a / "config.json").write_text("{")
+    assert find(["ppo"], tmp_path) == [b]
+    with (b / "metrics.csv").open("a") as file:
+        file.write("nan," * 16 + "nan\n")
+    assert standing(b).global_step == 0, "a number that is none counts as 0"
+
+
+def test_a_name_may_be_cut_short(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"CartPole-v1__cartpole__{seed}__2026", 3) for seed in (1, 2, 3)]
+    assert find_one("CartPole-v1__cartpole__2", tmp_path) == runs[1]
+    with pytest.raises(
+        UserError, match=r"^CartPole stands for 3 runs, name one of them: CartPole-v1__cartpole__1__2026, "
+    ):
+        find_one("CartPole", tmp_path)
 
 
 def test_runs_are_found_by_folder_name_and_preset(tmp_path: Path) -> None:
@@ -136,9 +159,9 @@ def test_what_is_no_run_is_named(word: str, named: str, tmp_path: Path, monkeypa
 
 def test_the_table_has_a_line_for_each_run(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a", 10), write_run(tmp_path / "longer", 10, "ppo")]
-    (runs[1] / "eval.json").write_text('{"mean": 1234.56}')
+    (runs[1] / "eval.json").write_text('{"mean": 1234.56, "episodes": 100}')
     heading, first, second = table([standing(run) for run in runs]).splitlines()
-    assert heading.split() == ["run", "preset", "seed", "state", "steps", "minutes", "done", "last", "100", "best"]
+    assert heading.split() == "run preset seed state steps minutes done last 100 best evaluation".split()
     assert first.split()[:6] == ["a", "gravitar", "742", "died", "10,000", "0.2"]
-    assert second.split()[-1] == "1,234.6"
+    assert second.endswith("1,234.6 (100 games)")
     assert len({line.index("died") for line in (first, second)}) == 1

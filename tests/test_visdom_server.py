@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -351,3 +352,24 @@ def test_foreground_prints_its_address_and_ends_at_ctrl_c(tmp_path: Path, port: 
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # a program on this machine
+        ({"Origin": "http://127.0.0.1:{port}"}, 200),
+        ({"Host": "localhost:{port}", "Origin": "http://localhost:{port}"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 403),  # a name that was made to lead here
+    ],
+)
+def test_other_web_pages_can_neither_draw_nor_read(server: Server, headers: dict[str, str], status: int) -> None:
+    headers = {name: value.format(port=server.port) for name, value in headers.items()}
+    for method, path in (("GET", "/"), ("POST", "/env_state"), ("GET", "/env/main")):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        connection.request(method, path, "{}" if method == "POST" else None, headers)
+        assert connection.getresponse().status == status, (method, path)
+        connection.close()

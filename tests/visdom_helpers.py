@@ -159,6 +159,16 @@ def write_run(
     return run_dir
 
 
+def saved_at(run_dir: Path, step: int) -> None:
+    """A checkpoint's name, without a checkpoint."""
+    home = run_dir / "checkpoints"
+    home.mkdir(exist_ok=True)
+    for before in home.iterdir():
+        before.unlink()
+    (home / f"step_{step:012d}.pt").touch()
+    (home / "latest").symlink_to(f"step_{step:012d}.pt")
+
+
 def append_metrics(run_dir: Path, *ticks: int) -> None:
     with (run_dir / "metrics.csv").open("a") as file:
         file.writelines(metrics_row(tick) + "\n" for tick in ticks)

@@ -285,7 +285,7 @@ NOTEBOOK_SCORE = (
 
 def charts(config: DQNRunConfig, frames_per_step: int) -> Layout:
     """What the dashboard draws; a run that counts in episodes is drawn as the notebook was."""
-    later = learning_starts(config.agent.learning_starts)
+    later = learning_starts(config.first_update)
     never = OF_CURIOSITY if config.rnd.coef == 0 else ()
     if config.agent.clock == "episodes":
         int_reward, epsilon = (Line("average", "int_reward_mean"),), (Line("epsilon", "epsilon"),)

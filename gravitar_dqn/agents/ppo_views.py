@@ -45,8 +45,7 @@ def charts(config: PPORunConfig, frames_per_step: int) -> Layout:
     never = {f"{task}_loss" for task, weight in task_weights(config.tasks).items() if weight == 0}
     if not curious:
         never |= OF_CURIOSITY | {"value_loss_int", "explained_variance_int", "int_return_mean"}
-    steps = config.agent.num_steps + (config.rnd.init_steps if curious else 0)
-    later = learning_starts(steps * config.env.num_envs)
+    later = learning_starts(config.first_update)
     values = (Line("score", "value_loss_ext"), Line("bonus", "value_loss_int", ORANGE))
     predicted = (Line("RND predictor", "rnd_loss"), Line("reward prediction", "reward_prediction_loss", ORANGE))
     replayed = (Line("pixel control", "pixel_control_loss"), Line("value replay", "value_replay_loss", ORANGE))

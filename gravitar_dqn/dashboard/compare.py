@@ -18,6 +18,8 @@ Environments = Mapping[str, Mapping[str, Held]]  # environment -> window -> what
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito's: one a run
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # one a line of a run
+BELOW = 6  # lines whose names find room below a chart
+COMPARED = "-compared"  # ends the names of the windows of a comparison
 WIDTH, HEIGHT = 610, 400  # pixels: names are long; two columns in a page 1280 wide
 
 
@@ -27,6 +29,7 @@ def merge(environments: Environments) -> list[dict[str, Any]]:
     A run has a colour, its lines are told apart by their dashes. Single games and extremes are left out. Windows are
     one chart when title and x axis are the same. `contentID` changes with what is shown, and only then.
     """
+    environments = {name: windows for name, windows in environments.items() if any(map(_is_run, windows.values()))}
     labels = labels_of(environments)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(environments)}
     charts: dict[tuple[str, str], dict[str, Held]] = {}
@@ -80,13 +83,16 @@ def _chart(sources: Mapping[str, Held], labels: Mapping[str, str], colors: Mappi
     base = next((window for name, window in sources.items() if any(len(t.get("x", [])) for t in kept[name])), None)
     first = next(iter(sources.values()))
     layout = dict((base or first)["content"].get("layout", {}))
-    layout |= {"showlegend": base is not None, "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}}
+    legend = {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"}
+    if len(data) > BELOW:
+        legend = {"x": 1.02, "y": 1, "font": {"size": 9}}
+    layout |= {"showlegend": base is not None, "legend": legend}
     yaxis = layout.get("yaxis")
     if base is not None and isinstance(yaxis, Mapping) and yaxis.get("type") == "log":
         layout["yaxis"] = {**yaxis, **log_axis(y for trace in data for y in trace["y"] if y is not None)}
     facts = [(name, labels[name], window.get("contentID")) for name, window in sources.items()]
     return {
-        "id": f"{first['id']}-compared",
+        "id": f"{first['id']}{COMPARED}",
         "title": first["title"],
         "type": "plot",
         "content": {"data": data, "layout": layout},
@@ -117,7 +123,7 @@ def _table(
     note = "" if shared else "<p>These have no chart in common: other games are counted in other units.</p>"
     content = text_pane("", "", f"<table style='font-size:13px'>{rows}</table>{note}")["data"][0]["content"]
     return {
-        "id": "runs-compared",
+        "id": f"runs{COMPARED}",
         "title": "Runs",
         "type": "text",
         "content": content,
@@ -136,6 +142,11 @@ def state_of(windows: Mapping[str, Held]) -> str | None:
 def _state(windows: Mapping[str, Held]) -> str:
     state = state_of(windows)
     return state_badge(state) if state is not None else ""
+
+
+def _is_run(window: Held) -> bool:
+    """Whether a window is one of a page to compare: not of a comparison, nor of an empty page."""
+    return _is_chart(window) and not window.get("has_compare") and not str(window.get("id", "")).endswith(COMPARED)
 
 
 def _is_chart(window: Held) -> bool:

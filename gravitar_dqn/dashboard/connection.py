@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,12 +19,14 @@ READ_TIMEOUT = 5.0  # seconds; Visdom's own client would wait for ever
 
 def check_address(server: str) -> str:
     """A server's address with its scheme; UserError when it is none."""
-    server = server if "://" in server else f"http://{server}"
+    address = server if "://" in server else f"http://{server}"
     with suppress(ValueError):
-        url = urlsplit(server)
-        if url.scheme in ("http", "https") and url.hostname and url.port != 0:
-            return server.rstrip("/")
-    raise UserError(f"--dashboard: {server!r} is not a server's address; give one such as http://127.0.0.1:8097")
+        url, word = urlsplit(address), re.fullmatch(r"\w*", server)  # a word such as "no" is hardly a host
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and (not word or server == "localhost"):
+            return address.rstrip("/")
+    raise UserError(
+        f"--dashboard: {server!r} is not a server's address; auto, off, or one such as http://127.0.0.1:8097"
+    )
 
 
 class Connection:
@@ -71,8 +74,8 @@ class Drawer:
     def url(self, environment: str) -> str:
         return f"{self.server}/env/{environment}"
 
-    def draw(self, environment: str, windows: Iterable[Window]) -> None:
-        """Send the windows that the server does not have yet, in their order, which is their place."""
+    def draw(self, environment: str, windows: Iterable[Window]) -> bool:
+        """Send the windows that the server does not have yet, in their order, which is their place; whether any."""
         if self._connection is None:
             self._connection = Connection(self.server)
         listed = list(windows)
@@ -82,10 +85,11 @@ class Drawer:
             # A window's place is when it came: those that were there before would stay in front.
             self._connection.post("close", {"win": None, "eid": environment})
             sent.clear()
-        for key, revision, make in listed:
-            if key not in sent or sent[key] != revision:
-                self._connection.draw({**make(), "eid": environment})
-                sent[key] = revision
+        changed = [window for window in listed if window[0] not in sent or sent[window[0]] != window[1]]
+        for key, revision, make in changed:
+            self._connection.draw({**make(), "eid": environment})
+            sent[key] = revision
+        return bool(changed)
 
     def has_others(self, environment: str, keys: list[str]) -> bool:
         """Whether the server holds the environment with other windows, drawn by another version say."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from gravitar_dqn.dashboard.connection import Drawer
+from gravitar_dqn.dashboard.panes import Window
 from gravitar_dqn.dashboard.registry import register
 from gravitar_dqn.dashboard.view import ComparisonView, RunView
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run_dir import load_run
 
+SAVE_EVERY = 60.0  # seconds
 PATIENCE = 20.0  # seconds in which a server has to answer, one that is just starting too
 
 
@@ -45,6 +48,8 @@ class _Runs:
         self._drawer = Drawer(server)
         self._views = [_view_of(run_dir) for run_dir in dict.fromkeys(path.resolve() for path in run_dirs)]
         self._comparison = ComparisonView(self._views) if len(self._views) > 1 else None
+        self._unsaved: set[str] = set()
+        self._saved: dict[str, float] = {}  # when
         self._others: set[str] | None = None  # environments that the runs' own processes draw
         self.urls = [self._drawer.url(view.environment) for view in self._views]
         if self._comparison is not None:
@@ -74,12 +79,20 @@ class _Runs:
             self._others = {view.environment for view in self._views if self._has_its_own(view)}
         for view in self._views:
             if not (_goes_on(view) and view.environment in self._others):
-                self._drawer.draw(view.environment, view.windows())
-                self._drawer.save(view.environment)
+                self._draw_page(view.environment, view.windows())
                 register(view.run_dir)
         if self._comparison is not None:
-            self._drawer.draw(self._comparison.environment, self._comparison.windows())
-            self._drawer.save(self._comparison.environment)
+            self._draw_page(self._comparison.environment, self._comparison.windows())
+
+    def _draw_page(self, environment: str, windows: Iterable[Window]) -> None:
+        """Draw what has changed; save it now and then, as it may hold a film, and when nothing goes on any more."""
+        if self._drawer.draw(environment, windows):
+            self._unsaved.add(environment)
+        due = not self.going or time.monotonic() - self._saved.get(environment, -math.inf) > SAVE_EVERY
+        if environment in self._unsaved and due:
+            self._drawer.save(environment)
+            self._unsaved.remove(environment)
+            self._saved[environment] = time.monotonic()
 
     def _has_its_own(self, view: RunView) -> bool:
         """Whether the process that trains a run draws it there: two would take turns with its film."""

@@ -40,8 +40,9 @@ a { color: #0072B2 }
 
 COMPARE = """
 document.getElementById('compare').onclick = function () {
-  const ticked = [...document.querySelectorAll('input:checked')].map(box => box.value);
-  if (ticked.length) location = (ticked.length > 1 ? 'compare/' : 'env/') + ticked.join('+');
+  const ticked = [...document.querySelectorAll('input:checked')].map(box => box.value).reverse();  // oldest first
+  if (!ticked.length) alert('tick the runs first');
+  else location = (ticked.length > 1 ? 'compare/' : 'env/') + ticked.join('+');
 };
 """
 
@@ -73,7 +74,7 @@ def runs_page(runs: Sequence[tuple[str, Standing]], others: Iterable[str]) -> st
 
 
 def _row(environment: str, run: Standing) -> str:
-    scores = ("-" if score is None else f"{score:,.1f}" for score in (run.mean_score, run.best))
+    scores = "-" if run.mean_score is None else f"{run.mean_score:,.1f}", str(run.best or "-")
     cells = [
         f"<input type='checkbox' value='{html.escape(environment)}'>",
         f"<a href='{_page(environment)}'>{html.escape(run.run_dir.name)}</a>",

@@ -98,7 +98,7 @@ def _facts(run: Standing) -> list[tuple[str, str]]:
         ("trained", minutes),
         ("left", f"about {duration(left)}" if left is not None else "-"),
         ("mean of the last 100 games", "-" if run.mean_score is None else f"{run.mean_score:,.1f}"),
-        ("best evaluation", "-" if run.best is None else f"{run.best:,.1f}"),
+        ("best evaluation", str(run.best or "-")),
     ]
     return facts if run.state == "running" else [fact for fact in facts if fact[0] != "left"]
 
@@ -112,9 +112,9 @@ def duration(minutes: float) -> str:
 
 
 def video_pane(caption: str, mp4: bytes | None) -> Pane:
-    """The last recorded game, playing; a placeholder that keeps the window's place until there is one."""
+    """The last recorded game, playing; `caption` alone keeps the window's place until there is one."""
     if mp4 is None:
-        return text_pane("video", "Last recorded game", "<i>no game has been recorded yet</i>")
+        return text_pane("video", "Last recorded game", f"<i>{html.escape(caption)}</i>")
     source = f"data:video/mp4;base64,{base64.b64encode(mp4).decode('ascii')}"
     # Muted, because browsers start nothing else by themselves.
     player = (

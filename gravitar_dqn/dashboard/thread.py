@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from gravitar_dqn.dashboard.connection import Drawer
-from gravitar_dqn.dashboard.connection import check_address as check_address  # training asks here
 from gravitar_dqn.dashboard.registry import register
 from gravitar_dqn.dashboard.view import RunView
 

@@ -80,7 +80,7 @@ class RunView:
         first, *rest = self.charts()
         yield first
         video = self._last_video()
-        yield "video", video, partial(_video, video[1] if video else None)
+        yield "video", video or self._settings_time, partial(_video, video[1] if video else None, self._no_film())
         yield from rest
         yield "settings", self._settings_time, partial(settings_pane, self._settings)
 
@@ -88,6 +88,11 @@ class RunView:
         """The windows of its charts."""
         for chart in self._board.charts:
             yield chart.key, (self._boards, self._board.revision(chart)), partial(self._board.pane, chart)
+
+    def _no_film(self) -> str:
+        """What is said before there is a film: when there will be one."""
+        every = 0 if self.run is None else self.run.config.video_every
+        return f"drawn when one is filmed: every {every} games" if every else "none is filmed: --video-every 25 does it"
 
     def _last_video(self) -> tuple[int, Path] | None:
         """The newest recording that is small enough to travel within the page, after the time it was written."""
@@ -101,10 +106,10 @@ class RunView:
         return max(videos, default=None)
 
 
-def _video(path: Path | None) -> Pane:
+def _video(path: Path | None, otherwise: str) -> Pane:
     match = VIDEO_NAME.fullmatch(path.name) if path else None
     if path is None or match is None:
-        return video_pane("", None)
+        return video_pane(otherwise, None)
     return video_pane(f"episode {int(match[1])}, score {match[2]}", path.read_bytes())
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import tornado.ioloop
 import tornado.web
@@ -29,6 +29,7 @@ from gravitar_dqn.run_dir import is_held
 from gravitar_dqn.runs import Standing, standing
 
 CLOSED = "closed"
+HERE = ("127.0.0.1", "localhost", "::1")
 SECONDS = 3.0  # between two looks at what has changed
 
 App = Any  # Visdom's application: `state`, its environments by name; `subs`, the open pages' sockets by id
@@ -39,6 +40,8 @@ def install(app: App, server: str) -> None:
 
     `server` is the HTTP header of that name on the front page, by which others know us.
     """
+    # Of every handler, Visdom's too: none has one of its own.
+    setattr(tornado.web.RequestHandler, "prepare", refuse_strangers)  # noqa: B010
     comparisons = app.settings["comparisons"] = Comparisons(app)
     ours = {"app": app}
     app.add_handlers(
@@ -52,6 +55,16 @@ def install(app: App, server: str) -> None:
     )
     tornado.ioloop.PeriodicCallback(comparisons.refresh, 1000 * SECONDS).start()
     tornado.ioloop.PeriodicCallback(lambda: look_after_runs(app), 1000 * SECONDS).start()
+
+
+def refuse_strangers(handler: tornado.web.RequestHandler) -> None:
+    """Answer 403 to what other web pages ask through the browser of whoever sits here.
+
+    Their requests name them as their origin; or, where their name was made to lead to this machine, as our host.
+    """
+    host, origin = handler.request.host, handler.request.headers.get("Origin")
+    if urlsplit(f"//{host}").hostname not in HERE or (origin is not None and urlsplit(origin).netloc != host):
+        raise tornado.web.HTTPError(403)
 
 
 # ---------------------------------------------------------------- runs that have ended without a word
@@ -111,11 +124,13 @@ class Comparisons:
     def refresh(self) -> None:
         """Send every such page what has changed."""
         for sid in list(self._shown):
-            if sid in self._app.subs and isinstance(self._app.subs[sid].eid, tuple):
-                with suppress(tornado.websocket.WebSocketClosedError):
+            try:
+                if isinstance(self._app.subs[sid].eid, tuple):
                     self._send(sid)
-            else:
-                del self._shown[sid]
+                    continue
+            except Exception:  # a page that was closed, or other people's windows: the other pages go on
+                pass
+            del self._shown[sid]
 
     def close(self, sid: str, window: str) -> None:
         """A person closed a window: it does not come back by itself."""
