@@ -341,7 +341,8 @@ def test_a_full_disk_at_the_start_is_one_line(
 def test_a_table_that_cannot_be_written_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "eval.tmp").mkdir()
     words = [str(run_dir), "--episodes", "1", "--device", "cpu"]
-    assert "Is a directory" in refusal(capsys, cli.run(cli.evaluate_command, words, "x.py"))
+    assert cli.run(cli.evaluate_command, words, "x.py") == 2
+    assert re.fullmatch(r"error: .*Is a directory.*\n", capsys.readouterr().err)
     assert not (run_dir / "eval.json").exists()
 
 

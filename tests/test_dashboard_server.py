@@ -104,7 +104,7 @@ class Page:
 def test_the_front_page_lists_runs_newest_first_and_how_they_stand(tmp_path: Path, server: Server) -> None:
     assert "No run has been drawn here yet" in server.get("/")[2]
     runs = [write_run(tmp_path / name, 10, seed=seed) for seed, name in enumerate(["older", "<i>&newer"])]
-    (runs[1] / "eval.json").write_text('{"mean": 2124.5}')
+    (runs[1] / "eval.json").write_text('{"mean": 2124.5, "episodes": 100}')
     draw_runs(runs, server.url, say=str)
     server.post("events", {"data": [{"type": "text", "content": "x"}], "win": "w", "layout": {}, "eid": "<b>else"})
     with lock(runs[0]):
@@ -116,7 +116,7 @@ def test_the_front_page_lists_runs_newest_first_and_how_they_stand(tmp_path: Pat
     assert "&lt;i&gt;&amp;newer" in cells[1] and "<i>" not in page
     assert f"env/{environment_name(runs[1])}" in cells[1]
     assert cells[2:4] == ["gravitar", "1"]
-    assert cells[5:] == ["10,000", "0.2 min", "189.0", "2,124.5"]
+    assert cells[5:] == ["10,000", "0.2 min", "189.0", "2,124.5 (100 games)"]
     assert "died" in cells[4] and "running" in rows[1], "as it is now, not as it was drawn"
     assert "&lt;b&gt;else" in page and "<b>" not in page.split("Other pages")[1]
     assert "compare-" in page and ">main<" not in page
