@@ -122,12 +122,19 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
             log.info(str(error))
             return stop.exit_code
     partial = stop.requested and result["episodes"] < arguments.episodes
-    print(table(result))
+    unwritten: OSError | None = None
+    lines = [table(result)]
     if run_dir is not None:  # what is known of all games is not lost to what is known of a few
         kinds = {"best": arguments.checkpoint == "best", "cut": arguments.max_steps > 0, "partial": partial}
         name = "_".join(["eval", *(kind for kind, applies in kinds.items() if applies)]) + ".json"
-        write_json(run_dir / name, result)
-        print(f"written to {run_dir / name}")
+        try:
+            write_json(run_dir / name, result)
+            lines.append(f"written to {run_dir / name}")
+        except OSError as error:  # the games were played: they are shown all the same
+            unwritten = error
+    print("\n".join(lines))
+    if unwritten is not None:
+        raise unwritten
     if arguments.max_steps:
         log.info("games were cut off after %d steps: their scores are not those of whole games", arguments.max_steps)
     if partial:
