@@ -54,7 +54,7 @@ class Answers(Worker):
         return {**numbers, "mean": mean, "global_step": AGENT.global_step, "episodes": self.orders[-1]["episodes"]}
 
 
-AGENT: Any = SimpleNamespace(global_step=0, episodes=12)
+AGENT: Any = SimpleNamespace(global_step=0, episodes=250)
 
 
 def make(run_dir: Path, *means: float, every: int = 100, resumed: bool = False) -> Evaluator:
@@ -93,7 +93,7 @@ def test_every_so_many_steps_and_the_best_stays(
     assert best_at(run_dir) == "best_000000000201", "a worse one took its place"
     assert len(worker.orders) == 3
     assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20, 50, 30]
-    expected = {"global_step": 201, "episodes": 12, "games": 7, "mean": 50, "std": 1, "median": 50}
+    expected = {"global_step": 201, "episodes": 250, "games": 7, "mean": 50, "std": 1, "median": 50}
     assert rows(run_dir / "evaluations.csv")[1] == {**expected, "iqm": 50, "iqm_low": 49, "iqm_high": 51}
     assert best_evaluation(run_dir) == Evaluation(50.0, 7)
     assert caplog.records[-1].getMessage() == "evaluated after 451 steps: mean 30.0"
@@ -163,6 +163,16 @@ def test_another_process_plays_whole_games(run_dir: Path, caplog: pytest.LogCapt
     play_to(made, 150)  # training goes on
     assert caplog.text.count("no more evaluations") == 1
     made.close()
+
+
+def test_closing_ends_the_process(run_dir: Path) -> None:
+    AGENT.global_step = 60
+    made = make(run_dir, every=30)
+    play_to(made, 90)
+    process = made._worker._process
+    assert process is not None and process.poll() is None
+    made.close()
+    assert process.poll() is not None
 
 
 def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +245,41 @@ def test_what_is_done_at_the_end_is_not_lost(run_dir: Path, monkeypatch: pytest.
     made = make(run_dir, 20.0)
     play_to(made, 100)
     made.close()
+    assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20]
+
+
+class Slow(Answers):
+    """One that answers when it was asked often enough."""
+
+    asked = 0
+
+    def answer(self, timeout: float = 0.0) -> dict[str, Any] | None:
+        self.asked += 1
+        return super().answer() if self.asked % 5 == 0 else None
+
+
+def test_the_end_waits_for_what_is_under_way_and_for_the_last_policy(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Slow)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0, 30.0)
+    play_to(made, 100, 130)
+    made.finish(lambda: False)
+    assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20, 30]
+    made.finish(lambda: False)  # that policy is known
+    worker: Any = made._worker
+    assert len(worker.orders) == 2
+
+
+def test_a_policy_that_is_being_evaluated_at_the_end_is_waited_for(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "Worker", Slow)
+    AGENT.global_step = 60
+    made = make(run_dir, 20.0)
+    play_to(made, 100)
+    made.finish(lambda: False)
     assert [row["mean"] for row in rows(run_dir / "evaluations.csv")] == [20]
 
 
