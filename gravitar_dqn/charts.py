@@ -12,7 +12,7 @@ Reduce = Literal["mean", "max", "min"]
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 LIGHT_BLUE, PURPLE = "#9CC9E5", "#CC79A7"
 
-FIRST_ROW = "the first row comes within seconds"
+FIRST_ROW = "drawn from the first row of metrics.csv on"
 
 
 @dataclass(frozen=True)

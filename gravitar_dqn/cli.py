@@ -108,7 +108,7 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     check_bounds(arguments, "--")
     if arguments.snapshots and not arguments.run_dir:
         raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
-    run_dir = find_one(arguments.run_dir) if is_run(arguments, prog) else None
+    run_dir = run_of(arguments, prog)
     trained = load_trained(arguments, run_dir)
     from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
     from gravitar_dqn.execution import choose_device
@@ -144,8 +144,8 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     return stop.exit_code if partial else 0
 
 
-def is_run(arguments: PlayArguments, prog: str) -> bool:
-    """Whether a run's agent was asked for, not one that ships; UserError for neither, and both."""
+def run_of(arguments: PlayArguments, prog: str) -> Path | None:
+    """The run whose agent was asked for; None for one that ships; UserError for neither, and both."""
     word, name = arguments.run_dir, arguments.pretrained
     if (not word) == (name is None):
         raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
@@ -154,7 +154,7 @@ def is_run(arguments: PlayArguments, prog: str) -> bool:
     there = Path(word).exists() or (RUNS / word).exists()
     if word and not there and (PRETRAINED / f"{word}.safetensors").exists():
         raise UserError(f"{word} is no run's folder, but weights of that name ship: {prog} --pretrained {word}")
-    return bool(word)
+    return find_one(word) if word else None
 
 
 def load_trained(arguments: PlayArguments, run_dir: Path | None) -> Trained:
@@ -172,7 +172,7 @@ def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
     check_bounds(arguments, "--")
-    trained = load_trained(arguments, find_one(arguments.run_dir) if is_run(arguments, prog) else None)
+    trained = load_trained(arguments, run_of(arguments, prog))
     from gravitar_dqn.evaluation import load_policy
     from gravitar_dqn.overlay import make_look
     from gravitar_dqn.recording import record_game
@@ -245,12 +245,10 @@ def export_command(argv: Sequence[str], prog: str = "export.py") -> None:
 
     if not arguments.runs:
         raise UserError(f"no run: name one or more, {prog} runs/NAME")
-    names = [run_dir.resolve().name for run_dir in find(arguments.runs)]
-    if arguments.out is not None and len(set(names)) < len(names):
-        raise UserError(
-            f"two of the runs have the same name, one folder in {arguments.out} cannot hold both: --out for each"
-        )
-    for run_dir in find(arguments.runs):
+    run_dirs = find(arguments.runs)
+    if arguments.out is not None and len({run_dir.resolve().name for run_dir in run_dirs}) < len(run_dirs):
+        raise UserError(f"two of the runs have the same name, {arguments.out} can hold only one: export them apart")
+    for run_dir in run_dirs:
         print(export_tensorboard(run_dir, arguments.out))
 
 

@@ -15,8 +15,8 @@ from gravitar_dqn import checkpoint
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import evaluate
+from gravitar_dqn.files import read_rows
 from gravitar_dqn.loop import Agent, Episode
-from gravitar_dqn.runs import evaluations
 from gravitar_dqn.telemetry import CsvLog
 from gravitar_dqn.trained import from_run
 from gravitar_dqn.worker import Worker, serve
@@ -52,7 +52,7 @@ class Evaluator:
         self._candidate = checkpoint.folder(run_dir) / "candidate.pt"
         self._worker = Worker("gravitar_dqn.evaluator", "the evaluating process ended")
         path = run_dir / "evaluations.csv"
-        self._best = max((each.mean for each in evaluations(path)), default=None) if resumed else None
+        self._best = mean_of_best(run_dir) if resumed else None
         self._rows = CsvLog(path, COLUMNS, 2**62 if resumed else None) if self._every else None
 
     def step(self, episodes: list[Episode]) -> None:
@@ -65,7 +65,7 @@ class Evaluator:
             self._order()
 
     def _order(self) -> None:
-        self._ordered = step = self._agent.global_step
+        step = self._agent.global_step
         self._due = (step // self._every + 1) * self._every
         try:
             checkpoint.write(self._candidate, self._state())
@@ -82,6 +82,7 @@ class Evaluator:
                     "seed": self._config.seed + OTHER_GAMES,
                 }
             )
+            self._ordered = step
         except OSError as error:
             self._give_up(str(error))
 
@@ -130,6 +131,15 @@ class Evaluator:
         self._worker.close()
         with contextlib.suppress(OSError):
             self._candidate.unlink(missing_ok=True)
+
+
+def mean_of_best(run_dir: Path) -> float | None:
+    """The score for which the best checkpoint was kept; None without one: evaluations.csv may tell of others."""
+    best = max((path.stem for path in checkpoint.folder(run_dir).glob("best_*.pt")), default="")
+    for row in reversed(read_rows(run_dir / "evaluations.csv")):
+        if best == f"best_{int(row['global_step']):012d}":
+            return float(row["mean"])
+    return None
 
 
 def _evaluate(order: dict[str, Any]) -> dict[str, Any]:

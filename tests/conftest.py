@@ -9,6 +9,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import INJECTED
@@ -29,6 +31,18 @@ def _count_faults(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if found := INJECTED - before:
         request.node.user_properties.append(("faults", dict(found)))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """A Visdom server of the package's, in a process of its own."""
+    from visdom_helpers import Server, pretend_prepared  # not for the many tests without it
+
+    pretend_prepared(tmp_path / "cache")
+    server = Server(tmp_path / "cache")
+    server.start()
+    yield server
+    server.kill()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

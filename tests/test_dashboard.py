@@ -20,7 +20,7 @@ from faults import injected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import spec_of_shape
-from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, pretend_prepared, wait_until, write_run
+from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, wait_until, write_run
 
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.charts import Reduce
@@ -42,15 +42,6 @@ REDUCE: dict[str, Callable[[list[float]], float]] = {"mean": lambda ys: math.fsu
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the dashboards tell the server of their runs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    pretend_prepared(tmp_path / "cache")
-    server = Server(tmp_path / "cache")
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults import injected
-from visdom_helpers import ROOT, Server, append_metrics, environ, pretend_prepared, saved_at, wait_until, write_run
+from visdom_helpers import ROOT, Server, append_metrics, environ, saved_at, wait_until, write_run
 
 from gravitar_dqn.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.compare import state_of
@@ -36,15 +36,6 @@ with lock(pathlib.Path(sys.argv[1])):
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    pretend_prepared(tmp_path / "cache")
-    server = Server(tmp_path / "cache")
-    server.start()
-    yield server
-    server.kill()
 
 
 class Page:

@@ -128,6 +128,7 @@ def test_a_full_disk_leaves_one_evaluation_out(
         patch.setattr(checkpoint, "write", full)
         play_to(made, 100)
     assert "an evaluation after 100 steps is left out" in caplog.text
+    assert made._ordered != 100, "the end would take it for evaluated"
     play_to(made, 101, 200, 201)
     assert best_at(run_dir) == "best_000000000201"
 
@@ -237,6 +238,10 @@ def test_a_best_that_cannot_be_kept_is_a_warning(
     play_to(made, 200, 201)
     assert best_at(run_dir) == "best_000000000201", "what was not kept is no best to beat"
     made.close()
+    resumed = make(run_dir, 18.0, resumed=True)  # better than the one that is there; 20 was never kept
+    play_to(resumed, 300, 301)
+    assert best_at(run_dir) == "best_000000000301"
+    resumed.close()
 
 
 def test_what_is_done_at_the_end_is_not_lost(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,15 +308,6 @@ def test_a_server_that_cannot_start_says_why(
 # What the server lets others do.
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    pretend_prepared(tmp_path / "cache")
-    server = Server(tmp_path / "cache")
-    server.start()
-    yield server
-    server.kill()
-
-
 @pytest.mark.parametrize(("origin", "status"), [("http://127.0.0.1:{}", 101), ("http://elsewhere.example", 403)])
 def test_only_its_own_page_may_open_a_websocket(server: Server, origin: str, status: int) -> None:
     request = f"""\

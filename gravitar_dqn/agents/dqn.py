@@ -157,7 +157,7 @@ class DQNAgent(BaseAgent):
     def update(self) -> int:
         """Do the gradient steps that are due by the clock; returns their number."""
         settings = self.config.agent
-        if len(self.replay) <= max(settings.learning_starts, settings.n_step * self.config.env.num_envs):
+        if len(self.replay) <= self.config.first_update:
             self._next_train = self.clock + settings.train_frequency
             return 0
         done = 0
