@@ -33,8 +33,8 @@ from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
-from gravitar_dqn.processes import Stop
-from gravitar_dqn.run_dir import check_free, commit, load_run
+from gravitar_dqn.processes import Stop, restarted, torchrun_began, torchrun_rank
+from gravitar_dqn.run_dir import check_free, commit, goes_on, load_run
 from gravitar_dqn.runs import RUNS, find, find_one, runs_in, standing
 from gravitar_dqn.runs import table as runs_table
 from gravitar_dqn.serialization import check_bounds, differences, validate
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """runs/<env>__<preset>__<seed>__<time>."""
-    name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
-    return RUNS / name
+    """runs/<env>__<preset>__<seed>__<time>; the time is torchrun's, so that what it starts again finds its folder."""
+    began = time.strftime("%Y%m%d-%H%M%S", time.localtime(torchrun_began() or time.time()))
+    return RUNS / "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), began])
 
 
 def resume_folder(argv: Sequence[str]) -> Path | None:
@@ -96,10 +96,12 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
         run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)
+    resume = saved is not None or (restarted() and not torchrun_rank() and goes_on(run_dir))
+    if not resume and not torchrun_rank():
         check_free(run_dir)  # a mistake is told at once
     from gravitar_dqn.training import train
 
-    return train(config, run_dir, resume=saved is not None, show_times=arguments.profile)
+    return train(config, run_dir, resume=resume, show_times=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
@@ -333,7 +335,7 @@ def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> i
         interrupted = isinstance(error, KeyboardInterrupt)
         code = 130 if interrupted else error.exit_code if isinstance(error, UserError) else 2
     try:
-        if error is not None:
+        if error is not None and not torchrun_rank():  # what all ranks say is said once
             print("interrupted" if interrupted else f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
     except OSError:  # a log on a full disk: the exit code still tells

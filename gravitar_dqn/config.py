@@ -8,8 +8,8 @@ steps (agent steps over all environments), frames (emulator frames, four a step)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
@@ -21,6 +21,15 @@ Padding = Literal["zero", "repeat"]
 def bounded(default: Any, low: float = 0, high: float = math.inf) -> Any:
     """A number that `check_bounds` holds between `low` and `high`."""
     return field(default=default, metadata={"low": low, "high": high})
+
+
+def divided(name: str, value: int, parts: int) -> int:
+    """A setting's part for each of `parts` ranks; SettingError names one that cannot be divided."""
+    if value % parts:
+        lower, upper = value // parts * parts, (value // parts + 1) * parts
+        would = f"{lower} and {upper}" if lower else str(upper)
+        raise SettingError(name, f"is {value}, which {parts} ranks cannot share evenly: {would} can be divided")
+    return value // parts
 
 
 @dataclass(frozen=True)
@@ -251,6 +260,9 @@ class RunConfig:
     keep_checkpoints: int = bounded(2, low=1)
     """Newest checkpoints that stay in the run's folder. (free)"""
 
+    rank_timeout: float = bounded(300.0, low=1)
+    """torchrun only: seconds after which a rank that does not answer ends the run. (free)"""
+
     @property
     def stack_padding(self) -> Padding:
         """What a stack holds before a game's first frame."""
@@ -263,6 +275,14 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UserError for settings that do not go together."""
+
+    def share(self, rank: int, ranks: int) -> Self:
+        """What rank `rank` of `ranks` plays and learns of this run, with random numbers of its own.
+
+        What is said for the whole run is divided; UserError for what cannot be.
+        """
+        num_envs = divided("env.num_envs", self.env.num_envs, ranks)
+        return replace(self, env=replace(self.env, num_envs=num_envs), seed=self.seed + rank * num_envs)
 
 
 @dataclass(frozen=True)
@@ -291,6 +311,18 @@ class DQNRunConfig(RunConfig):
                 "(agent.learning_starts, and agent.n_step steps of every environment)"
             )
 
+    def share(self, rank: int, ranks: int) -> Self:
+        """Games, batch and replay buffer are divided; learning begins when all ranks together have stored enough."""
+        if self.rnd.coef and self.rnd.variant == "notebook":
+            raise SettingError("rnd.variant", "is notebook, the original's curiosity, which is for one process: rnd")
+        agent = replace(
+            self.agent,
+            batch_size=divided("agent.batch_size", self.agent.batch_size, ranks),
+            buffer_size=divided("agent.buffer_size", self.agent.buffer_size, ranks),
+            learning_starts=self.first_update,
+        )
+        return replace(super().share(rank, ranks), agent=agent)
+
 
 @dataclass(frozen=True)
 class PPORunConfig(RunConfig):
@@ -311,11 +343,22 @@ class PPORunConfig(RunConfig):
         """Raise UserError for a rollout that does not fall into minibatches."""
         rows, parts = self.agent.num_steps * self.env.num_envs, self.agent.num_minibatches
         if rows % parts:
-            complaint = f"is {parts}: it must divide the {rows} steps of a rollout, of all environments together"
+            complaint = f"is {parts}: it must divide the {rows} steps of a rollout, of {self.env.num_envs} environments"
             raise SettingError("agent.num_minibatches", complaint)
+
+    def share(self, rank: int, ranks: int) -> Self:
+        """Games, and what a gradient step samples for the tasks, are divided."""
+        tasks = replace(
+            self.tasks,
+            num_windows=divided("tasks.num_windows", self.tasks.num_windows, ranks),
+            reward_batch=2 * divided("tasks.reward_batch / 2", self.tasks.reward_batch // 2, ranks),
+        )
+        ours = replace(super().share(rank, ranks), tasks=tasks)
+        ours.check()
+        return ours
 
 
 FREE_FIELDS = frozenset(
     "total_steps total_episodes total_minutes device threads precision execution log_seconds dashboard video_every "
-    "video_dir eval_every eval_episodes checkpoint_minutes checkpoint_replay keep_checkpoints".split()
+    "video_dir eval_every eval_episodes checkpoint_minutes checkpoint_replay keep_checkpoints rank_timeout".split()
 )

@@ -28,6 +28,12 @@ class NotSaved(UserError):
     exit_code = 4
 
 
+class RankLost(UserError):
+    """Another process of a distributed run has ended or is silent."""
+
+    exit_code = 5
+
+
 class Interrupted(UserError):
     """A signal came before there was anything to tell."""
 

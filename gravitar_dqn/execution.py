@@ -133,7 +133,7 @@ class Graphed:
         here = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
                 self._function()
         except RuntimeError as error:
             torch.cuda.set_stream(here)  # a capture that fails at its end leaves its own
@@ -168,8 +168,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = learning_rate
 
 
-def restore_generator(generator: torch.Generator, state: torch.Tensor, seed: int) -> None:
-    """Go on with saved random numbers; from `seed` where they were another kind of device's, which cannot go on."""
+def restore_generator(generator: torch.Generator, state: torch.Tensor | None, seed: int) -> None:
+    """Go on with saved random numbers; from `seed` where they were another kind of device's, or another rank's."""
+    if state is None:
+        generator.manual_seed(seed)
+        return
     try:
         generator.set_state(state.cpu())
     except (RuntimeError, TypeError):

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, n steps of a window, T steps of a rollout, A actions,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -63,16 +63,24 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-def normalized(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (B,) shifted and scaled to mean 0 and standard deviation 1 where `mask` (B,) is 1."""
-    centred = values - masked_mean(values, mask)
-    return centred / (masked_mean(centred.square(), mask).sqrt() + 1e-8)
+def normalized(values: Tensor, mask: Tensor, mean: Callable[[Tensor, Tensor], Tensor] = masked_mean) -> Tensor:
+    """Values (B,) shifted and scaled to mean 0 and standard deviation 1 where `mask` (B,) is 1.
+
+    `mean` may be one over more rows than these.
+    """
+    centred = values - mean(values, mask)
+    return centred / (mean(centred.square(), mask).sqrt() + 1e-8)
 
 
-def importance_weights(probabilities: Tensor, exponent: float) -> Tensor:
-    """(N * P)^-exponent, divided by the largest (Schaul 2015, section 3.4): N cancels. (B,) -> (B,) float32."""
+def importance_weights(
+    probabilities: Tensor, exponent: float, largest: Callable[[Tensor], Tensor] = torch.max
+) -> Tensor:
+    """(N * P)^-exponent, divided by the largest (Schaul 2015, section 3.4): N cancels. (B,) -> (B,) float32.
+
+    `largest` may look at more rows than these.
+    """
     weights = probabilities**-exponent
-    return (weights / weights.max()).float()
+    return (weights / largest(weights)).float()
 
 
 def linear_schedule(start: float, end: Value, duration: int, now: int) -> Value:
@@ -193,19 +201,19 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------- auxiliary tasks
 
 
-def task_gradients(
-    loss: Tensor, parameters: Sequence[nn.Parameter], max_norm: float, weight: float
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """`weight` times the gradient of `loss`, clipped alone to `max_norm` (0: never), of each parameter that has one."""
+def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """The gradient of `loss` for each parameter that has one."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = [
-        (parameter, gradient) for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None
-    ]
-    scale = torch.full((), weight, device=loss.device)
+    return {parameter: gradient for parameter, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+def task_gradients(found: Mapping[nn.Parameter, Tensor], max_norm: float, weight: float) -> dict[nn.Parameter, Tensor]:
+    """`weight` times a loss's gradients, clipped alone to `max_norm` (0: never)."""
+    scale = torch.full((), weight, device=next(iter(found.values())).device)
     if max_norm > 0:
-        norm = nn.utils.get_total_norm([gradient for _, gradient in pairs])
+        norm = nn.utils.get_total_norm(list(found.values()))
         scale = weight * (max_norm / (norm + 1e-6)).clamp(max=1)
-    return [(parameter, gradient * scale) for parameter, gradient in pairs]
+    return {parameter: gradient * scale for parameter, gradient in found.items()}
 
 
 def scale_between(frames: Tensor, pixel_range: Tensor) -> Tensor:

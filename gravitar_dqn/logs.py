@@ -11,6 +11,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from gravitar_dqn.processes import torchrun_rank
+
 
 class TerminalHandler(logging.Handler):
     """Log lines on standard error, above the progress line. Nobody there to read them is no reason to stop."""
@@ -48,4 +50,5 @@ def show_log() -> None:
     package = logging.getLogger("gravitar_dqn")
     if not any(isinstance(handler, TerminalHandler) for handler in package.handlers):
         package.addHandler(TerminalHandler())
-        package.setLevel(logging.INFO)
+        # Of the ranks of a distributed run the first speaks for all; what only another one knows is an error.
+        package.setLevel(logging.ERROR if torchrun_rank() else logging.INFO)

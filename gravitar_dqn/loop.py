@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from line_profiler import profile
 
+from gravitar_dqn import distributed
+
 Array = npt.NDArray[Any]
 
 
@@ -168,9 +170,10 @@ def play(
         scores += rewards * played
         lengths += played
         ended = (terminations | truncations) & played
+        games = [(float(scores[i]), int(lengths[i])) for i in np.flatnonzero(ended)]
         finished = []
-        for i in np.flatnonzero(ended):
-            finished.append(Episode(number, agent.global_step, float(scores[i]), int(lengths[i])))
+        for score, length in distributed.all_games(games, agent.episodes - number):
+            finished.append(Episode(number, agent.global_step, score, length))
             number += 1
         scores[ended], lengths[ended] = 0.0, 0
         played = ~ended

@@ -17,9 +17,13 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Stop:
-    """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once."""
+    """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
+    Not one that is `patient`: torchrun hands on a Ctrl-C that the terminal has sent its processes already.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self._number = 0  # of the signal
 
     @property
@@ -41,11 +45,34 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self._patient:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def torchrun_rank() -> int:
+    """The number of this process among those that torchrun has started; 0 without it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew, after the end of one before it."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def torchrun_began() -> float | None:
+    """When torchrun was started, in seconds since 1970; None without it, and where the system does not tell."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        words = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration):
+        return None
+    return int(boot.split()[1]) + int(words[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def available_cores() -> list[int]:
@@ -85,11 +112,12 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(env or {})},
-            preexec_fn=_end_with_parent if dies_with_us else None,
+            preexec_fn=die_with_parent if dies_with_us else None,
         )
 
 
-def _end_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have this process sent SIGTERM when the one that started it ends, where the system can do that."""
     if _LIBC is not None:
         _LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 

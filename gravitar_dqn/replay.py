@@ -25,6 +25,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor
 
+from gravitar_dqn import distributed
 from gravitar_dqn.execution import Upload
 from gravitar_dqn.functional import window_steps
 
@@ -210,7 +211,7 @@ class ReplayBuffer:
         self.sampling_weights.view(-1)[indices] = weights
         touched = torch.div(indices, self.num_envs, rounding_mode="floor")
         self.row_sampling_weights[touched] = self.sampling_weights[touched].sum(dim=1, dtype=torch.float64)
-        self.max_weight.copy_(torch.maximum(self.max_weight, weights.max()))
+        self.max_weight.copy_(torch.maximum(self.max_weight, distributed.largest(weights)))
 
     # ---------------------------------------------------------------- reading
 

@@ -6,9 +6,12 @@ A predictor learns to match a frozen random network. Where it fails, the frames 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from gravitar_dqn import distributed
 from gravitar_dqn.config import RNDSettings
 from gravitar_dqn.encoders import WIDTH, scale_pixels
 from gravitar_dqn.envs import EnvSpec
@@ -19,14 +22,20 @@ TRAINED_ENVS = 32  # of a rollout: more environments do not train the predictor 
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update)."""
+    """Mean and variance of everything seen, in float64 on the device (Chan's parallel update).
+
+    Args:
+        shape: of a value.
+        shared: every rank brings values of its own; else all bring the same.
+    """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, shape: tuple[int, ...] = (), *, shared: bool = False) -> None:
         super().__init__()
+        self._total: Callable[..., tuple[Tensor, ...]] = distributed.total if shared else lambda *own: own
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
@@ -40,11 +49,12 @@ class RunningMeanStd(nn.Module):
     def _update(self, values: Tensor, mask: Tensor | None) -> None:
         values = values.float()
         keep = torch.ones(len(values), device=values.device) if mask is None else mask.float()
-        count = keep.sum()
         # Within one batch float32 is exact enough, and several times faster on pictures.
         flat = values.view(len(values), -1)
-        mean = (keep @ flat) / count.clamp(min=1)
-        var = (keep @ (flat - mean).square()) / count.clamp(min=1)
+        count, whole = self._total(keep.sum(), keep @ flat)
+        mean = whole / count.clamp(min=1)
+        (squares,) = self._total(keep @ (flat - mean).square())
+        var = squares / count.clamp(min=1)
         mean, var, count = mean.view(self.mean.shape).double(), var.view(self.var.shape).double(), count.double()
         total, delta = self.count + count, mean - self.mean
         m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
@@ -86,7 +96,7 @@ class RND(nn.Module):
         target: the frozen network.
         predictor: the one that learns; both map frames (N, *newest_shape) to features (N, D).
         spec: what the environments show.
-        num_envs: environments that step together.
+        num_envs: environments that step together, on all ranks.
         gamma: discount of those sums.
         init_updates: gradient steps of the predictor before there is a bonus.
         share: of the rows of a batch that the predictor learns from, drawn anew at every gradient step.
@@ -108,7 +118,7 @@ class RND(nn.Module):
     ) -> None:
         super().__init__()
         self.target, self.predictor = target, predictor
-        self.obs_rms = RunningMeanStd(spec.newest_shape)
+        self.obs_rms = RunningMeanStd(spec.newest_shape, shared=True)
         self.reward_rms = RunningMeanStd()
         self.forward_filter = RewardForwardFilter(num_envs, gamma)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # gradient steps of the predictor
@@ -141,8 +151,8 @@ class RND(nn.Module):
     def predictor_loss(self, errors: Tensor, generator: torch.Generator) -> Tensor:
         """Mean over a random share of the rows (N,) (Burda 2018, algorithm 1). Counts a gradient step."""
         self.updates += 1
-        mask = torch.rand(len(errors), device=errors.device, generator=generator) < self._share
-        return masked_mean(errors, mask.float())
+        mask = (torch.rand(len(errors), device=errors.device, generator=generator) < self._share).float()
+        return distributed.weighted(masked_mean(errors, mask), mask.sum())
 
     def bonus(self, obs: Tensor) -> Tensor:
         """Errors (N,) of the newest frames of observations (N, *obs_shape)."""
@@ -150,6 +160,8 @@ class RND(nn.Module):
 
     def _update_scale(self, bonuses: Tensor, counted: Tensor) -> None:
         """Take bonuses (T, B) in the order of time into the standard deviation, those where `counted` (T, B)."""
+        # Every rank does this for the environments of all, so that a checkpoint of one has them all.
+        bonuses, counted = distributed.gathered(bonuses), distributed.gathered(counted)
         steps = zip(bonuses, counted, strict=True)
         sums = [self.forward_filter.update(bonus, counts).clone() for bonus, counts in steps]
         self.reward_rms.update(torch.stack(sums).view(-1), counted.reshape(-1))
@@ -251,7 +263,7 @@ def make_rnd_networks(spec: EnvSpec, **arguments: int) -> tuple[nn.Module, nn.Mo
 
 
 def make_rnd(spec: EnvSpec, num_envs: int, settings: RNDSettings) -> RND | NotebookRND | None:
-    """The curiosity of a DQN that `settings` ask for; None for a coefficient of 0."""
+    """The curiosity of a DQN that `settings` ask for, for `num_envs` of all ranks; None for a coefficient of 0."""
     if settings.coef == 0:
         return None
     if settings.variant == "notebook":

@@ -111,17 +111,22 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
         arguments: preset and settings of a new run.
         free: settings that are also given to a run that goes on.
     """
+    return ["--resume", str(run_dir), *free] if goes_on(run_dir) else [*arguments, *free, "--run-dir", str(run_dir)]
+
+
+def goes_on(run_dir: Path) -> bool:
+    """Whether there is a run to go on with in a folder; if not, the folder is free for a new one afterwards."""
     from gravitar_dqn import checkpoint  # torch
 
     checkpoint.mend(run_dir)  # the folder may have been copied
     if (run_dir / "checkpoints" / "latest").exists():
-        return ["--resume", str(run_dir), *free]
+        return True
     if wall_seconds(run_dir):
         raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
     if holds_other(run_dir, ours=""):  # killed before its first checkpoint: train would refuse the folder
         with lock(run_dir):  # not by somebody who still trains in it
             shutil.rmtree(run_dir)
-    return [*arguments, *free, "--run-dir", str(run_dir)]
+    return False
 
 
 def cannot_be_written(run_dir: Path, error: OSError) -> UserError:

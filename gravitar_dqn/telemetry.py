@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from gravitar_dqn import distributed
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import NotFinite, NotSaved
 from gravitar_dqn.files import written_whole
@@ -162,7 +163,7 @@ class Tracker:
             "episodes": agent.episodes,
             "sps": round(steps / seconds, 1),
             **self._scores(),
-            "samples_per_second": round(updates * agent.batch_size / seconds, 1),
+            "samples_per_second": round(updates * agent.batch_size * distributed.size() / seconds, 1),
             **agent.metrics(),
         }
         self._metrics.add([_cell(row.get(name)) for name in self._columns])

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from gravitar_dqn import checkpoint
+from gravitar_dqn import checkpoint, distributed
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.dashboard.connection import check_address
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
 from gravitar_dqn.envs import EnvSpec, find_game, is_atari, make_envs, spec_of
-from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, UserError
+from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, RankLost, UserError
 from gravitar_dqn.evaluator import Evaluator
 from gravitar_dqn.execution import (
     check_execution,
@@ -131,7 +131,8 @@ def follow(
         except OSError as error:
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
-        log.info("%s %s, on %s", beginning, run_dir, describe_device(agent.device))
+        ranks = f"{distributed.size()} ranks of " if distributed.size() > 1 else ""
+        log.info("%s %s, on %s%s", beginning, run_dir, ranks, describe_device(agent.device))
         if not state:
             log.info("learning begins after %s steps", f"{config.first_update:,}")
         elif agent.partial_buffer_size == 0:
@@ -155,11 +156,15 @@ def check_machine(config: RunConfig) -> torch.device:
 
 
 def build(config: RunConfig) -> tuple[Any, Agent]:
-    """The environments and a new agent for them, seeded. Logs what takes time, and the replay buffer's size."""
+    """The environments and a new agent for them, seeded. Logs what takes time, and the replay buffer's size.
+
+    Of several ranks, those of this one.
+    """
+    torch.manual_seed(config.seed)  # the same first weights on all ranks
+    config = distributed.share_of(config)
     device = check_machine(config)
     keep_freed_memory()
     use_threads(config.threads)
-    torch.manual_seed(config.seed)
     log.info("starting %d games of %s", config.env.num_envs, config.env.id)  # many take some seconds
     envs = make_envs(config.env)
     spec = spec_of(envs)
@@ -197,6 +202,36 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     show_log()
     if config.dashboard not in ("auto", "off"):
         check_address(config.dashboard)
+    with distributed.joined(config):
+        if distributed.rank() > 0:
+            return help_train(config)
+        return lead(config, run_dir, resume=resume, show_times=show_times)
+
+
+def help_train(config: RunConfig) -> int:
+    """Play and learn as one of the ranks, until rank 0 has saved what all have learned; the process's exit code."""
+    try:
+        with Stop(patient=True) as stop, enough_memory():
+            envs, agent = build(config)
+            with contextlib.closing(envs):
+                state = distributed.same({})
+                agent.load_state_dict(state | {"generator": None})  # its random numbers are its own
+                seed = distributed.share_of(config).seed + agent.global_step
+                for _ in play(envs, agent, seed, overlap=can_overlap(envs, agent)):
+                    agent.messages.clear()
+                    if wish := distributed.agreed(stop.exit_code):
+                        break
+                distributed.leave()
+                return 0 if wish == distributed.END else wish
+    except RankLost:
+        raise
+    except UserError as error:
+        log.error("rank %d: %s", distributed.rank(), error)
+        raise
+
+
+def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> int:
+    """Train alone, or as rank 0, as `train` says."""
     with lock(run_dir):
         damaged: list[checkpoint.NotWhole] = []
         state = checkpoint.load(run_dir, damaged=damaged) if resume else {}
@@ -213,6 +248,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
                         "a higher --total-steps, --total-episodes or --total-minutes goes on"
                     )
             checkpoint.set_aside(run_dir, damaged)
+            if distributed.size() > 1:
+                distributed.same(agent.state_dict())
             return run(config, run_dir, envs, agent, state, show_times=show_times)
 
 
@@ -245,9 +282,10 @@ def run(
         UserError: the run could not begin; a new run's folder is removed again.
         NotFinite: NaN or infinity was met; the last checkpoint stays.
         NotSaved: the run ended, but could not be saved; the last checkpoint stays.
+        RankLost: another rank has ended; what was learned until then is saved.
     """
     farewell: list[str] = []
-    with stop or Stop() as stop, contextlib.ExitStack() as closing:
+    with stop or Stop(patient=distributed.size() > 1) as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         with contextlib.nullcontext() if state else removed_after_errors(run_dir):
@@ -262,17 +300,22 @@ def run(
                 for episodes in play(envs, agent, seed, overlap=overlap, timer=timer):
                     for observer in observers:
                         observer.step(episodes)
-                    at_end = finished(config, agent, tracker.wall_seconds)
-                    if at_end or stop.requested:
+                    complete = finished(config, agent, tracker.wall_seconds)
+                    if wish := distributed.agreed(distributed.END if complete else stop.exit_code):
                         break
+                at_end = wish == distributed.END
                 if not at_end:
                     log.info("stopping: the run is being saved")
                 tracker.finish()
                 checkpointer.save_last()
+                distributed.leave()
                 if at_end:
                     evaluator.finish(lambda: stop.requested)
         except (NotFinite, OutOfMemory) as error:
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
+        except RankLost as error:
+            checkpointer.save_last()
+            raise RankLost(f"{error}; stopped at step {agent.global_step}, saved in {run_dir}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if at_end:
@@ -280,7 +323,7 @@ def run(
             return 0
         how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
         farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
-        return stop.exit_code
+        return wish
 
 
 def broken_off(error: NotFinite | OutOfMemory, agent: Agent, stays: str) -> UserError:

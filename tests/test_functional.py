@@ -69,12 +69,16 @@ def test_td_loss_is_hubers_weighted() -> None:
 def test_a_tasks_gradient_is_clipped_alone_and_weighed() -> None:
     a, b, c = (torch.nn.Parameter(torch.tensor(value)) for value in (3.0, 4.0, 5.0))
     loss = 0.5 * (a**2 + b**2)  # its gradient is (3, 4), of length 5
-    (first, a_part), (second, b_part) = functional.task_gradients(loss, [a, b, c], max_norm=1.0, weight=0.5)
+    (first, a_part), (second, b_part) = functional.task_gradients(
+        functional.gradients(loss, [a, b, c]), max_norm=1.0, weight=0.5
+    ).items()
     assert first is a and second is b, "c has none"
     assert (a_part.item(), b_part.item()) == (pytest.approx(0.5 * 3 / 5), pytest.approx(0.5 * 4 / 5))
-    ((only, whole),) = functional.task_gradients(0.5 * b**2, [a, b, c], max_norm=0.0, weight=2.0)
+    ((only, whole),) = functional.task_gradients(
+        functional.gradients(0.5 * b**2, [a, b, c]), max_norm=0.0, weight=2.0
+    ).items()
     assert only is b and whole.item() == pytest.approx(2 * 4)
-    ((_, nothing),) = functional.task_gradients(0.0 * b, [b], max_norm=1.0, weight=0.5)
+    ((_, nothing),) = functional.task_gradients(functional.gradients(0.0 * b, [b]), max_norm=1.0, weight=0.5).items()
     assert nothing.item() == 0, "no gradient is no reason for a NaN"
     assert a.grad is None and b.grad is None
 

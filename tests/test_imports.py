@@ -9,10 +9,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 
 # Each module may import from the layers above its own.
 LAYERS = [
-    {"errors", "ram_envs", "charts", "logs", "functional", "dashboard", "benchmark"},
-    {"config", "files", "execution", "memory", "encoders", "dashboard.visdom_files"},
+    {"errors", "ram_envs", "charts", "processes", "functional", "dashboard", "benchmark"},
+    {"config", "files", "logs", "execution", "memory", "encoders", "dashboard.visdom_files"},
+    {"distributed"},
     {"serialization", "replay", "checkpoint", "benchmark.options", "dashboard.registry", "dashboard.tail"},
-    {"processes", "worker"},
+    {"worker"},
     {"envs", "presets", "loop"},
     {"networks"},
     {"rnd", "run_dir", "telemetry", "agents.base", "agents.auxiliary_tasks", "sweep_plan"},

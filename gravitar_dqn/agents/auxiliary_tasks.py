@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gravitar_dqn import functional
+from gravitar_dqn import distributed, functional
 from gravitar_dqn.config import PPORunConfig, TaskSettings
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.errors import UserError
@@ -82,8 +82,9 @@ class AuxiliaryTasks(nn.Module):
     def update_pixel_range(self, frames: Tensor) -> None:
         """Take frames into the range of pixels."""
         low, high = frames.aminmax()
-        self.pixel_range[0] = torch.minimum(self.pixel_range[0], low)
-        self.pixel_range[1] = torch.maximum(self.pixel_range[1], high)
+        ends = distributed.largest_of_each(torch.stack([-low.float(), high.float()]))
+        self.pixel_range[0] = torch.minimum(self.pixel_range[0], -ends[0])
+        self.pixel_range[1] = torch.maximum(self.pixel_range[1], ends[1])
 
     def norm_obs(self, obs: Tensor) -> Tensor:
         """Frames scaled to [0, 1] by the darkest and the brightest pixel seen."""
@@ -122,9 +123,11 @@ class AuxiliaryTasks(nn.Module):
             self.config.tasks.pixel_gamma,
         )
         actions = self.replay.actions.view(-1)[windows.indices[:, :-1]].long()
-        return functional.pixel_control_loss(
-            q_values[:, :-1].flatten(0, 1), actions.view(-1), targets.flatten(0, 1), windows.inside.float().view(-1)
+        inside = windows.inside.float().view(-1)
+        loss = functional.pixel_control_loss(
+            q_values[:, :-1].flatten(0, 1), actions.view(-1), targets.flatten(0, 1), inside
         )
+        return distributed.weighted(loss, inside.sum())
 
     def value_replay_loss(self) -> Tensor:
         """Mean squared error of the score's value against the windows' returns, bootstrapped by today's network."""
@@ -144,7 +147,8 @@ class AuxiliaryTasks(nn.Module):
             settings.gae_lambda if self.config.tasks.returns == "gae" else 1.0,
         )
         inside = windows.inside.float().view(-1)
-        return 2 * functional.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
+        loss = 2 * functional.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
+        return distributed.weighted(loss, inside.sum())
 
     def reward_prediction_loss(self) -> Tensor:
         """Cross-entropy of the next reward's sign; half of the observations come before a reward, half before none."""
@@ -152,7 +156,9 @@ class AuxiliaryTasks(nn.Module):
         rewarded = self.replay.rewards != 0
         picks = [self.replay.sample_where(kind, half, self.generator) for kind in (rewarded, ~rewarded)]
         indices = torch.cat([rows for rows, _ in picks])
-        there = torch.cat([found.expand(half) for _, found in picks])  # at first nothing may have been rewarded
+        # At first nothing may have been rewarded.
+        there = torch.cat([found.expand(half) for _, found in picks]).float()
         logits = self.heads["reward_prediction"](self.policy.trunk(self.replay.stacks(indices)))
         labels = functional.reward_classes(self.replay.rewards.view(-1)[indices])
-        return functional.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there.float())
+        loss = functional.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there)
+        return distributed.weighted(loss, there.sum())

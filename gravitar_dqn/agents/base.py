@@ -12,7 +12,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import functional
+from gravitar_dqn import distributed, functional
 from gravitar_dqn.charts import Layout
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec
@@ -127,6 +127,7 @@ class BaseAgent:
         self.global_step = 0  # agent steps played, over all environments
         self.episodes = 0  # games finished
         self.num_updates = 0  # gradient steps
+        self._stored_elsewhere = 0  # transitions in the replay buffers of other ranks
 
     # ---------------------------------------------------------------- playing
 
@@ -141,9 +142,14 @@ class BaseAgent:
         return 0.0
 
     @property
+    def stored(self) -> int:
+        """Transitions in the replay buffer, with those in other ranks'."""
+        return len(self.replay) + self._stored_elsewhere
+
+    @property
     def partial_buffer_size(self) -> int | None:
         """Transitions stored while the replay buffer is not full yet; None from then on."""
-        return None if self.replay.full else len(self.replay)
+        return None if self.replay.full else self.stored
 
     def begin(self, obs: Array) -> None:
         """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
@@ -160,8 +166,11 @@ class BaseAgent:
         """
         self.replay.put(actions, rewards, terminations, truncations, next_obs, played)
         self.replay.latest(out=self._obs)
-        self.global_step += int(played.sum())
-        self.episodes += int(((terminations | truncations) & played).sum())
+        here, ended = len(self.replay), (terminations | truncations) & played
+        steps, games, stored = distributed.counts(int(played.sum()), int(ended.sum()), here)
+        self.global_step += steps
+        self.episodes += games
+        self._stored_elsewhere = stored - here
 
     # ---------------------------------------------------------------- learning
 

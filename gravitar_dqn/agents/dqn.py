@@ -10,7 +10,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import functional
+from gravitar_dqn import distributed, functional
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Insight, Look, Means, Stateful
 from gravitar_dqn.charts import (
     BUFFER,
@@ -70,7 +70,7 @@ class DQNAgent(BaseAgent):
         self.batch_size = settings.batch_size
         self.q_network = make_q_network(spec, settings).to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        self.rnd = make_rnd(spec, num_envs, config.rnd)
+        self.rnd = make_rnd(spec, num_envs * distributed.size(), config.rnd)
         adam: dict[str, Any] = {"eps": settings.adam_epsilon, "fused": True, "capturable": self._graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), settings.learning_rate, **adam)
         self.rnd_optimizer: torch.optim.Adam | None = None
@@ -86,9 +86,10 @@ class DQNAgent(BaseAgent):
         self._epsilons = torch.zeros(num_envs, device=device)
         self._played = torch.zeros(num_envs, dtype=torch.bool, device=device)
         self._bonus = torch.zeros(num_envs, device=device)
-        # Every environment's last epsilon, on the host for the console; a copy on the device acts.
-        self._epsilon_ends = functional.epsilon_ladder(settings.epsilon_end, num_envs, settings.epsilon_ladder)
-        self._epsilon_ends_here = self._epsilon_ends.to(device)
+        # Every environment's last epsilon, on the host for the console; a copy of this rank's on the device acts.
+        all_envs = num_envs * distributed.size()
+        self._epsilon_ends = functional.epsilon_ladder(settings.epsilon_end, all_envs, settings.epsilon_ladder)
+        self._epsilon_ends_here = distributed.own_part(self._epsilon_ends).to(device)
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
         self._epsilon_clock = -1  # of self._epsilons: never yet
@@ -157,7 +158,7 @@ class DQNAgent(BaseAgent):
     def update(self) -> int:
         """Do the gradient steps that are due by the clock; returns their number."""
         settings = self.config.agent
-        if len(self.replay) <= self.config.first_update:
+        if self.stored <= self.config.first_update:
             self._next_train = self.clock + settings.train_frequency
             return 0
         done = 0
@@ -196,6 +197,7 @@ class DQNAgent(BaseAgent):
             loss, td_errors, q_mean = self._q_loss(batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self.q_network.parameters())
         if self.config.agent.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.q_network.parameters(), self.config.agent.max_grad_norm)
         self.optimizer.step()
@@ -215,6 +217,7 @@ class DQNAgent(BaseAgent):
             self.replay.refresh_int_rewards(batch.last_indices, bonus)
             self.rnd_optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            distributed.average_gradients(self.rnd.predictor.parameters())
             self.rnd_optimizer.step()
         self._rnd_means.add({"rnd_loss": loss})
 
@@ -238,7 +241,9 @@ class DQNAgent(BaseAgent):
         targets = self._targets(batch)
         weights = torch.ones_like(targets)
         if settings.priority_exponent > 0:
-            weights = functional.importance_weights(batch.probabilities, settings.importance_exponent)
+            weights = functional.importance_weights(
+                batch.probabilities, settings.importance_exponent, distributed.largest
+            )
         loss, td_errors = functional.td_loss(q_values, batch.actions, targets, weights)
         return loss, td_errors, q_values.detach().mean()
 

@@ -13,7 +13,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import functional
+from gravitar_dqn import distributed, functional
 from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Means, Stateful
 from gravitar_dqn.agents.ppo_parts import (
@@ -81,10 +81,10 @@ class PPOAgent(BaseAgent):
             self.rnd = RND(
                 *networks.rnd,
                 spec,
-                num_envs,
+                num_envs * distributed.size(),
                 gamma=config.rnd.gamma,
                 init_updates=config.rnd.init_updates,
-                share=min(1.0, TRAINED_ENVS / num_envs),
+                share=min(1.0, TRAINED_ENVS / (num_envs * distributed.size())),
             ).to(device)
             self.rnd_optimizer = make_optimizer(self.rnd.predictor.parameters())
 
@@ -231,7 +231,7 @@ class PPOAgent(BaseAgent):
             }
         rollout.advantages.copy_(advantages.view(-1))
         if settings.normalize_advantages:
-            rollout.advantages.copy_(functional.normalized(rollout.advantages, rollout.valid))
+            rollout.advantages.copy_(functional.normalized(rollout.advantages, rollout.valid, distributed.masked_mean))
         self._rollout_means.add(means)
 
     def _int_rewards(self, rnd: RND) -> Tensor:
@@ -262,16 +262,17 @@ class PPOAgent(BaseAgent):
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         learners = list(self.learners.parameters())
+        of_tasks = {name: functional.gradients(task_loss, learners) for name, task_loss in task_losses.items()}
+        predictor = [] if self.rnd is None else list(self.rnd.predictor.parameters())
+        distributed.average_gradients([*learners, *predictor], *of_tasks.values())
         if max_norm > 0:
             nn.utils.clip_grad_norm_(learners, max_norm)
-            if self.rnd is not None:
-                nn.utils.clip_grad_norm_(self.rnd.predictor.parameters(), max_norm)
-        for name, task_loss in task_losses.items():  # each clipped alone, so that none can drown the policy
-            for parameter, gradient in functional.task_gradients(
-                task_loss, learners, max_norm, self.tasks.weights[name]
-            ):
+            if predictor:
+                nn.utils.clip_grad_norm_(predictor, max_norm)
+        for name, found in of_tasks.items():  # each clipped alone, so that none can drown the policy
+            for parameter, gradient in functional.task_gradients(found, max_norm, self.tasks.weights[name]).items():
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            metrics[f"{name}_loss"] = task_loss
+            metrics[f"{name}_loss"] = task_losses[name]
         for optimizer in self._optimizers():
             optimizer.step()
         self._update_means.add(metrics)
@@ -290,7 +291,7 @@ class PPOAgent(BaseAgent):
         ext_loss = functional.value_loss(value_ext, rollout.returns_ext[rows], valid)
         metrics = {"policy_loss": clip_loss, "value_loss_ext": ext_loss, "entropy": entropy}
         metrics |= {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
-        loss = clip_loss - settings.ent_coef * entropy + ext_loss
+        loss = distributed.weighted(clip_loss - settings.ent_coef * entropy + ext_loss, valid.sum())
         if self.rnd is not None:
             int_loss = functional.value_loss(value_int, rollout.returns_int[rows], torch.ones_like(valid))
             metrics["value_loss_int"] = int_loss

@@ -1,0 +1,370 @@
+"""Several ranks are one agent: the same weights as one process with all the games, and whatever befalls a rank, one
+whole checkpoint."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from run_helpers import CARTPOLE, ROOT, refusal, rows, train
+
+from gravitar_dqn import checkpoint, distributed
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import get_preset
+from gravitar_dqn.processes import torchrun_began
+from gravitar_dqn.serialization import build, nest
+
+SMALL = [*CARTPOLE, "--env.num-envs", "2", "--rank-timeout", "60"]
+
+
+def command(*words: object, ranks: int = 2) -> list[str]:
+    """torchrun with a script and its arguments, and options of its own before those."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *map(str, words),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+class Torchrun:
+    """A training run on two ranks, and what becomes of it."""
+
+    def __init__(self, home: Path, *words: object, options: tuple[str, ...] = ()) -> None:
+        self.run_dir, self._log = home / "run", home / "log"
+        words = (*words, "--run-dir", self.run_dir, "--log-seconds", 0.1, "--checkpoint-minutes", 0.005)
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command(*options, ROOT / "scripts" / "train.py", *words),
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                start_new_session=True,
+            )
+        self._seen: set[int] = set()
+
+    @property
+    def told(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def workers(self) -> list[int]:
+        """The ranks' processes, in the order of their start."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self._process.pid and "train.py" in (path / "cmdline").read_text():
+                    found.append(int(path.name))
+        self._seen |= set(found)
+        return sorted(found)
+
+    @property
+    def step(self) -> int:
+        """Of the newest whole row of metrics.csv."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int(rows(self.run_dir / "metrics.csv")[-1]["global_step"])
+        return 0
+
+    def wait_until(self, true: Callable[[], object], seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, self.told
+            assert self._process.poll() is None, self.told
+            time.sleep(0.05)
+
+    def play(self, steps: int) -> None:
+        """Until so many more steps are in metrics.csv; a restart counts from its checkpoint on."""
+        self.wait_until(lambda: self.step > 0)
+        target = self.step + steps
+        self.wait_until(lambda: self.step >= target and len(self.workers) == 2)
+
+    def signal(self, rank: int, number: int) -> None:
+        os.kill(self.workers[rank], number)
+
+    def interrupt(self) -> None:
+        os.kill(self._process.pid, signal.SIGINT)
+
+    def end(self, seconds: float = 120.0) -> int:
+        """Its exit code; no process of it may be left."""
+        code = self._process.wait(seconds)
+        left = [pid for pid in self._seen if Path(f"/proc/{pid}").exists()]
+        assert not left, self.told
+        return code
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in self._seen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def saved(self) -> int:
+        """The step of the newest checkpoint, which must be whole."""
+        latest = (self.run_dir / "checkpoints" / "latest").resolve()
+        return int(checkpoint.read(latest)["agent"]["clocks"]["global_step"])
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
+    started: list[Torchrun] = []
+
+    def start(*words: object, **how: Any) -> Torchrun:
+        started.append(Torchrun(tmp_path, *words, **how))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.close()
+
+
+# ---------------------------------------------------------------- the same agent
+
+
+def found(kind: str, folder: Path, *, alone: bool = True) -> list[dict[str, Any]]:
+    """What tests/ranks.py found: in one process, where there is to be one, and on each of two ranks."""
+    script = [str(ROOT / "tests" / "ranks.py"), kind, str(folder)]
+    for words in [[sys.executable, *script]] * alone + [command(*script)]:
+        ended = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    return [torch.load(path) for path in sorted(folder.glob("*.pt"))]
+
+
+def floats(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        if state.is_floating_point():
+            yield name, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from floats(value, f"{name}.{key}")
+
+
+@pytest.mark.parametrize("kind", ["dqn", "ppo", "randal", "pictures"])
+def test_two_ranks_learn_what_one_process_learns(kind: str, tmp_path: Path) -> None:
+    one, *two = found(kind, tmp_path)
+    assert len(two) == 2
+    assert len(one["losses"]) >= ranks.UPDATES
+    assert one["games"] > 10, "games must have ended, or nothing is masked"
+    losses = torch.tensor([rank["losses"] for rank in two]).mean(dim=0)
+    torch.testing.assert_close(losses, torch.tensor(one["losses"]), atol=1e-5, rtol=0)
+    for rank in two:
+        assert rank["clocks"] == one["clocks"]
+        assert rank["games"] == one["games"]
+        theirs = dict(floats(rank["state"]))
+        for name, ours in floats(one["state"]):
+            statistic = "_rms" in name  # of pixels up to 255, say
+            torch.testing.assert_close(
+                theirs[name], ours, atol=1e-5, rtol=1e-5 * statistic, msg=lambda m: f"{name}: {m}"
+            )  # noqa: B023
+    weights = [dict(floats(rank["state"])) for rank in two]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "the ranks have drifted apart"
+
+
+def test_what_the_ranks_tell_each_other(tmp_path: Path) -> None:
+    first, second = found("tell", tmp_path, alone=False)
+    assert first.pop("own_part") == [0, 1]
+    assert second.pop("own_part") == [2, 3]
+    assert first == second
+    assert first == {
+        "total": [[10.0, 12.0, 14.0, 16.0], [10.0]],
+        "masked_mean": (0 + 10 + 11 + 12) / 4,
+        "gradient": [(0 + 10) / 4, 11 / 4, 12 / 4, 0.0],
+        "other": [5.0, 6.0, 7.0, 8.0],
+        "largest": 13.0,
+        "gathered": [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]],
+        "same": {"rank": 0},
+        "counts": [2, 1],
+        "all_games": [(0.0, 1), (10.0, 1), (10.0, 1), (10.0, 1)],
+        "no_games": [],
+        "agreed": [0, [0], 130],  # not before the next step, which is the same one for both
+    }
+
+
+def test_alone_nothing_is_changed() -> None:
+    values, mask = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 1.0, 0.0])
+    assert distributed.rank() == 0
+    assert distributed.size() == 1
+    assert distributed.total(values) == (values,)
+    assert distributed.gathered(values) is values
+    assert distributed.weighted(values, mask.sum()) is values
+    assert distributed.masked_mean(values, mask).item() == 1.5
+    assert distributed.largest(values).item() == 4
+    assert distributed.counts(1, 2) == [1, 2]
+    assert distributed.all_games([(5.0, 3)], 7) == [(5.0, 3)]
+    assert [distributed.agreed(wish) for wish in (0, distributed.END, 130)] == [0, distributed.END, 130]
+    config = get_preset("cartpole")
+    assert distributed.share_of(config) is config
+    with distributed.joined(config):
+        assert distributed.size() == 1
+
+
+# ---------------------------------------------------------------- what is said for the whole run
+
+
+def configured(preset: str, **changes: Any) -> Any:
+    return build(get_preset(preset), nest(changes))
+
+
+def test_a_run_is_shared_out() -> None:
+    whole = configured("gravitar-ram")
+    shares = [whole.share(rank, 4) for rank in range(4)]
+    assert {share.env.num_envs for share in shares} == {whole.env.num_envs // 4}
+    assert {share.agent.batch_size for share in shares} == {whole.agent.batch_size // 4}
+    assert {share.agent.buffer_size for share in shares} == {whole.agent.buffer_size // 4}
+    assert {share.first_update for share in shares} == {whole.first_update}
+    assert shares[0].seed == whole.seed
+    seeds = {share.seed + i for share in shares for i in range(share.env.num_envs)}
+    assert len(seeds) == whole.env.num_envs, "two games have the same seed"
+    unreal = configured("randal").share(1, 2)
+    assert (unreal.tasks.num_windows, unreal.tasks.reward_batch) == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "complaint"),
+    [
+        (
+            "cartpole",
+            {"env.num_envs": 5},
+            "env.num_envs is 5, which 2 ranks cannot share evenly: 4 and 6 can be divided",
+        ),
+        ("cartpole", {"env.num_envs": 1}, "env.num_envs is 1, which 2 ranks cannot share evenly: 2 can be divided"),
+        ("cartpole", {"agent.batch_size": 33}, "agent.batch_size is 33"),
+        ("cartpole", {"agent.buffer_size": 20_001}, "agent.buffer_size is 20001"),
+        ("randal", {"tasks.num_windows": 7}, "tasks.num_windows is 7"),
+        ("randal", {"tasks.reward_batch": 66}, "tasks.reward_batch / 2 is 33"),
+        ("notebook", {}, "rnd.variant is notebook, the original's curiosity, which is for one process"),
+        ("ppo", {"env.num_envs": 2, "agent.num_steps": 3, "agent.num_minibatches": 6}, "agent.num_minibatches is 6"),
+    ],
+)
+def test_what_cannot_be_divided_is_said(preset: str, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        configured(preset, **changes).share(0, 2)
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    words = [*SMALL, "--env.num-envs", 3, "--run-dir", tmp_path / "run"]
+    ended = subprocess.run(
+        command(ROOT / "scripts" / "train.py", *words), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    told = [line for line in ended.stderr.splitlines() if "error: " in line]
+    assert told == ["error: env.num_envs is 3, which 2 ranks cannot share evenly: 2 and 4 can be divided"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_named_by_its_time_is_found_again() -> None:
+    code = "from gravitar_dqn.processes import torchrun_began as began; print(began())"
+    env = {**environment(), "TORCHELASTIC_RUN_ID": "none"}
+    times = {subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for _ in range(2)}
+    assert len(times) == 1, "processes that the same one has started do not agree"
+    assert abs(float(times.pop()) - time.time()) < 24 * 3600
+    assert torchrun_began() is None
+
+
+# ---------------------------------------------------------------- what befalls a rank
+
+
+@pytest.mark.faults
+def test_a_killed_rank_is_started_again_and_ctrl_c_saves_once(
+    torchrun: Callable[..., Torchrun], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = torchrun(*SMALL, options=("--max-restarts=1",))
+    run.play(200)
+    run.signal(1, signal.SIGKILL)
+    run.wait_until(lambda: "another rank has ended" in run.told)
+    run.wait_until(lambda: "going on with" in run.told)
+    run.play(200)
+    run.interrupt()
+    assert run.end() != 0
+    assert run.told.count("; go on with: ") == 1
+    assert "Traceback" not in run.told.replace('Traceback (most recent call last):\n  File "<frozen runpy>', "")
+    last = run.saved()
+    assert last == run.step, "what was played after the last checkpoint is lost"
+    # As many ranks as one likes: here none but this process.
+    assert train("--resume", run.run_dir, "--total-steps", last + 100, "--env.num-envs", 2) == 0
+    assert run.saved() >= last + 100
+    steps = [row["global_step"] for row in rows(run.run_dir / "metrics.csv")]
+    assert steps == sorted(set(steps))
+    capsys.readouterr()
+
+
+@pytest.mark.faults
+def test_a_run_of_one_process_goes_on_with_ranks(
+    torchrun: Callable[..., Torchrun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*SMALL, "--run-dir", tmp_path / "run", "--total-steps", 300, "--checkpoint-replay") == 0
+    words = ["--resume", tmp_path / "run", "--total-steps", 600]
+    ended = subprocess.run(
+        command(ROOT / "scripts" / "train.py", *words), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "on 2 ranks of" in ended.stderr
+    assert "is complete" in refusal(capsys, train("--resume", tmp_path / "run", "--total-steps", 600))
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_noticed(rank: int, torchrun: Callable[..., Torchrun]) -> None:
+    run = torchrun(*SMALL, "--rank-timeout", 5)
+    run.play(200)
+    run.signal(rank, signal.SIGSTOP)
+    began = time.monotonic()
+    run.wait_until(lambda: "exitcode" in run.told or len(run.workers) < 2)
+    assert time.monotonic() - began < 5 + 10
+    assert run.end() != 0  # torchrun waits 30 seconds for the one that hangs, and kills it
+    assert run.saved() >= 200 * rank, "rank 0 saves what it has when another one hangs"
+    if rank == 1:
+        assert run.saved() == run.step
+        assert "did not answer for 5 seconds" in run.told
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_twenty_killed_ranks_lose_nothing(torchrun: Callable[..., Torchrun]) -> None:
+    rng = random.Random(1)
+    run = torchrun(*SMALL, options=("--max-restarts=20",))
+    saved = 0
+    for _ in range(20):
+        run.wait_until(lambda: len(run.workers) == 2)
+        workers = run.workers
+        time.sleep(rng.uniform(0, 12))  # while they start, join, play, learn or save
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(workers[rng.randrange(2)], signal.SIGKILL)
+        run.wait_until(lambda old=workers: not set(old) & set(run.workers))  # type: ignore[misc]
+        if (run.run_dir / "checkpoints" / "latest").exists():
+            before, saved = saved, run.saved()
+            assert saved >= before, "a checkpoint was lost"
+    run.wait_until(lambda: run.step > saved + 200)
+    run.interrupt()
+    run.end()
+    assert run.saved() == run.step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [742, 1, 2])
+def test_cartpole_is_learned_by_two_ranks(seed: int, tmp_path: Path) -> None:
+    words = ["cartpole", "--seed", seed, "--device", "cpu", "--dashboard", "off", "--video-every", 0]
+    words += ["--run-dir", tmp_path / "run"]
+    ended = subprocess.run(
+        command(ROOT / "scripts" / "train.py", *words), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert max(row["return_mean"] for row in rows(tmp_path / "run" / "metrics.csv")) >= 440
