@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import io
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ class _Ranks:
         self.control = control  # on the host, also where gradients go from GPU to GPU
         self.timeout = timeout
         self.wish = self.agreed = 0  # see `agreed`
+        self.waited = 0.0
 
 
 _ranks: _Ranks | None = None  # None: alone
@@ -52,6 +54,11 @@ def size() -> int:
     return 1 if _ranks is None else _ranks.size
 
 
+def waited() -> float:
+    """Seconds that this process has waited so far for others, and for what they send; not for GPUs that talk."""
+    return 0.0 if _ranks is None else _ranks.waited
+
+
 # ---------------------------------------------------------------- beginning and end
 
 
@@ -65,6 +72,7 @@ def joined(config: RunConfig) -> Iterator[None]:
     if not dist.is_available() or not dist.is_torchelastic_launched() or _local("WORLD_SIZE") == 1:
         yield
         return
+    config.share(0, _local("WORLD_SIZE"))  # what cannot be divided is told before anybody waits
     die_with_parent()  # also when torchrun is killed
     timeout = datetime.timedelta(seconds=config.rank_timeout)
     device = torch.device(_device_of(config.device))
@@ -105,8 +113,10 @@ def _forget() -> None:
 @contextlib.contextmanager
 def _answers(ranks: _Ranks) -> Iterator[None]:
     """RankLost for what torch raises when another rank is gone, or silent for too long."""
+    began = time.perf_counter()
     try:
         yield
+        ranks.waited += time.perf_counter() - began
     except RuntimeError as error:
         seconds, reason = ranks.timeout, str(error).splitlines()[0]
         raise RankLost(f"another rank has ended, or did not answer for {seconds:g} seconds ({reason})") from None

@@ -40,6 +40,19 @@ def split_cores(cores: Sequence[int], parts: int) -> list[list[int]]:
     return [list(cores[i * size : (i + 1) * size]) for i in range(parts)]
 
 
+def split_devices(device: str, parts: int) -> list[str | None]:
+    """What each of `parts` runs finds in CUDA_VISIBLE_DEVICES: a GPU of its own, as far as there are; None: no matter.
+
+    A device that was named, as in cuda:1, is every run's.
+    """
+    import torch
+
+    if device not in ("auto", "cuda") or not (count := torch.cuda.device_count()):
+        return [None] * parts
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(count))
+    return [visible.split(",")[i % count] for i in range(parts)]
+
+
 def bind(cores: Iterable[int]) -> None:
     """Bind the calling thread, and the processes that it will start, to these cores where the system can do that."""
     if sys.platform == "linux":
@@ -58,7 +71,7 @@ def run(options: SweepConfig, jobs: Sequence[Job], core_sets: Sequence[Sequence[
     with claimed(options.folder / "sweep.json", options.fixed, "a sweep"):
         sweep = Sweep(options, jobs)
         with Stop() as stop:
-            threads = [threading.Thread(target=sweep.work, args=(cores,)) for cores in core_sets]
+            threads = [threading.Thread(target=sweep.work, args=(i, cores)) for i, cores in enumerate(core_sets)]
             for thread in threads:
                 thread.start()
             sweep.follow(threads, stop)
@@ -122,12 +135,14 @@ class Sweep:
             for process in self._processes:
                 process.send_signal(number)
 
-    def work(self, cores: Sequence[int]) -> None:
-        """Train and evaluate runs on these cores until none is left. What goes wrong here is kept in `error`."""
+    def work(self, number: int, cores: Sequence[int]) -> None:
+        """Be worker `number`: train and evaluate runs on these cores until none is left. Errors are kept in `error`."""
         try:
             bind(cores)
             while (job := self._next()) is not None:
-                self._do(job, len(cores))
+                device = split_devices(job.config.device, self._options.parallel)[number]
+                env = {"OMP_NUM_THREADS": str(len(cores))}
+                self._do(job, env if device is None else {**env, "CUDA_VISIBLE_DEVICES": device})
         except BaseException as error:
             self.error = error
 
@@ -150,20 +165,20 @@ class Sweep:
         budget = 60 * self._options.budget_minutes
         return not budget or monotonic() - self._began + needed <= budget
 
-    def _do(self, job: Job, threads: int) -> None:
+    def _do(self, job: Job, env: Mapping[str, str]) -> None:
         began, trained = monotonic(), wall_seconds(job.run_dir)
         log = job.run_dir.with_name(job.run_dir.name + ".log")
         try:
             words = how_to_train(job.run_dir, job.arguments)
         except UserError as error:
             return self._failed(job, log, str(error))
-        ended = self._process(["train", *words], log, threads)  # False too when somebody else's signal stopped it
+        ended = self._process(["train", *words], log, env)  # False too when somebody else's signal stopped it
         # A sweep that was killed may have left a complete run without its row.
         if not ended and (self.stopped or " is complete (" not in last_line(log)):
             return self._failed(job, log)
         games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
         games += [f"--snapshots={self._options.snapshots}"] * bool(self._options.snapshots)
-        if not self._process(["eval", str(job.run_dir), *games], log, threads):
+        if not self._process(["eval", str(job.run_dir), *games], log, env):
             return self._failed(job, log)
         try:
             row = make_row(job, snapshots=self._options.snapshots > 0)
@@ -186,12 +201,12 @@ class Sweep:
             with self._lock:
                 self.failures += 1
 
-    def _process(self, words: Sequence[str], log: Path, threads: int) -> bool:
+    def _process(self, words: Sequence[str], log: Path, env: Mapping[str, str]) -> bool:
         """Run a command of the package to its end; whether it succeeded. What it prints is added to `log`."""
         with self._lock:
             if self.stopped:
                 return False
-            process = start(package_command(words), log, env={"OMP_NUM_THREADS": str(threads)})
+            process = start(package_command(words), log, env=env)
             self._processes.add(process)
         process.wait()
         with self._lock:

@@ -49,7 +49,8 @@ class SweepConfig:
     budget_minutes: float = field(default=0.0, metadata={"low": 0, "high": 1e6})
     """No run is started that would not end in this time, counted from now; 0: no limit."""
     parallel: int = field(default=1, metadata={"low": 1, "high": 1024})
-    """Runs side by side, each bound to its share of the cores where the system can do that."""
+    """Runs side by side, each bound to its share of the cores where the system can do that, and to a GPU of its own
+    where there is one for each."""
     episodes: int = field(default=100, metadata={"low": 1, "high": 1e6})
     """Games of each evaluation."""
     snapshots: int = field(default=0, metadata={"low": 0, "high": 1000})

@@ -71,7 +71,7 @@ class Checkpointer:
         OSError when it cannot be written; NotFinite when what it would hold has NaN or infinity.
         """
         self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
-        state = self.state(replay=self._config.checkpoint_replay)
+        state = self.state(replay=self._config.checkpoint_replay and distributed.size() == 1)
         checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
         self.saved_step = self._agent.global_step
 
@@ -183,6 +183,8 @@ def doubts(config: RunConfig) -> Iterator[str]:
             f"the run ends after {config.total_steps} steps and learns nothing: learning begins after "
             f"{config.first_update}"
         )
+    if config.checkpoint_replay and distributed.size() > 1:
+        yield "--checkpoint-replay is for one process: the replay buffers of several ranks are not saved"
     if config.env.obs_type == "ram" and not is_atari(find_game(config.env)):
         yield f"env.obs_type ram is for ALE's games: {config.env.id} is played as without it"
     meant = PRESETS[config.preset].env if config.preset in PRESETS else config.env
@@ -241,7 +243,11 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: 
             envs, agent = build(config)
         with contextlib.closing(envs):
             if resume:
-                restore(agent, state.pop("agent", {}), run_dir)  # popped: a replay buffer in it is not kept twice
+                learned = state.pop("agent", {})  # popped: a replay buffer in it is not kept twice
+                if distributed.size() > 1:
+                    learned["replay"] = None  # of one process, with all the games
+                restore(agent, learned, run_dir)
+                del learned
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
                     raise UserError(
                         f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "

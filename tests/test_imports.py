@@ -28,6 +28,7 @@ LAYERS = [
     {"agents.randal", "benchmark.contenders", "sweep", "campaign"},
     {"agents.randal_trainer", "benchmark.peers"},
     {"benchmark.measure", "benchmark.worker"},
+    {"benchmark.scale"},
     {"benchmark.suite"},
     {"cli"},
     {"__main__"},

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_helpers import CARTPOLE, refusal, rows, script, train
 
 from gravitar_dqn import checkpoint, cli, sweep, sweep_plan
@@ -52,19 +53,21 @@ class Processes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commands: list[list[str]] = []
         self.bound: dict[str, list[int]] = {}  # cores, by the run's folder
+        self.devices: dict[str, str | None] = {}  # the GPUs that a run finds, by its folder
         self.fails: Callable[[list[str]], str] = lambda words: ""  # the last line of one that fails
         self._cores = threading.local()
         monkeypatch.setattr(sweep, "bind", lambda cores: setattr(self._cores, "set", list(cores)))
         monkeypatch.setattr(sweep.Sweep, "_process", lambda _, *words: self.process(*words))
 
-    def process(self, words: Sequence[str], log: Path, threads: int) -> bool:
+    def process(self, words: Sequence[str], log: Path, env: Mapping[str, str]) -> bool:
         words = list(words)
         self.commands.append(words)
         run_dir = Path(words[words.index("--run-dir") + 1] if "--run-dir" in words else words[1])
         if words[1] == "--resume":
             run_dir = Path(words[2])
         self.bound[run_dir.name] = self._cores.set
-        assert threads == len(self._cores.set)
+        self.devices[run_dir.name] = env.get("CUDA_VISIBLE_DEVICES")
+        assert env["OMP_NUM_THREADS"] == str(len(self._cores.set))
         if line := self.fails(words):
             log.write_text(f"{line}\n")
             return False
@@ -349,6 +352,37 @@ def test_runs_side_by_side_have_cores_of_their_own(processes: Processes, monkeyp
     assert sorted(processes.bound.values()) == [[1, 2], [4, 5]]
     assert all("--env.num-threads=2" in words for words in processes.commands if words[0] == "train")
     assert len(table(Path("s/sweep.csv"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "device", "found"),
+    [
+        (0, None, "auto", [None, None]),
+        (1, None, "auto", ["0", "0"]),
+        (2, None, "cuda", ["0", "1"]),
+        (2, "5,GPU-77", "auto", ["5", "GPU-77"]),
+        (2, None, "cuda:1", [None, None]),
+        (2, None, "cpu", [None, None]),
+    ],
+)
+def test_runs_side_by_side_have_gpus_of_their_own(
+    gpus: int, visible: str | None, device: str, found: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sweep.split_devices(device, 2) == found
+
+
+def test_a_run_is_told_its_gpu(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sweep, "split_devices", lambda device, parts: [f"{device} {i} of {parts}" for i in range(parts)]
+    )
+    monkeypatch.setattr(cli, "available_cores", lambda: [1, 4])
+    assert run("cartpole", "--seeds", 1, 2, "--parallel", 2, "--dir", "s") == 0
+    assert set(processes.devices.values()) <= {"auto 0 of 2", "auto 1 of 2"}
+    assert len(processes.devices) == 2
 
 
 def test_cores_are_split_evenly() -> None:

@@ -22,6 +22,7 @@ from gravitar_dqn.benchmark import contenders
 from gravitar_dqn.benchmark.measure import Row, alternate, milliseconds, rows_of, table
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.peers import Notebook, StableBaselines, StablePPO
+from gravitar_dqn.benchmark.scale import scale_rows
 from gravitar_dqn.benchmark.worker import Worker, workers
 from gravitar_dqn.envs import EnvSpec
 from gravitar_dqn.errors import UserError
@@ -216,11 +217,12 @@ def run(settings: BenchConfig) -> dict[str, Any]:
     sections: dict[str, Callable[[], list[Row]]] = {
         "whole training": lambda: training_rows(settings),
         "actor-critics": lambda: actor_critic_rows(settings),
+        "scale": lambda: scale_rows(settings),
         "networks": lambda: network_rows(settings, device),
         "replay": lambda: replay_rows(settings, device),
     }
     if settings.quick:
-        del sections["actor-critics"]
+        del sections["actor-critics"], sections["scale"]
     for i, (title, measure) in enumerate(sections.items()):
         log.info(f"measuring {i + 1} of {len(sections)}: {title} (after {time.perf_counter() - start:.0f} s)")
         rows += measure()

@@ -8,10 +8,12 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from gravitar_dqn import distributed
 from gravitar_dqn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,14 @@ class Contender(Protocol):
 
     def play(self) -> int:
         """A short stretch of training; returns the agent steps played."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a contender did."""
+
+    speed: float  # steps per second
+    waited: float  # share of the time that it waited for other ranks
 
 
 class Worker:
@@ -41,8 +51,18 @@ class Worker:
 
     def turn(self, seconds: float) -> float:
         """Steps per second while it plays for about this long."""
+        self.begin(seconds)
+        return self.result().speed
+
+    def begin(self, seconds: float) -> None:
+        """Let it play; `result` waits for it."""
         self._connection.send(seconds)
-        return float(self._receive())
+
+    def result(self) -> Turn:
+        """Of the turn that was begun."""
+        turn = self._receive()
+        assert isinstance(turn, Turn)
+        return turn
 
     def _receive(self) -> Any:
         try:
@@ -75,15 +95,15 @@ def _serve(connection: Any, make: Callable[..., Contender], arguments: tuple[Any
             connection.send(f"{type(error).__name__}: {error}")
 
 
-def _play_for(contender: Contender, seconds: float) -> float:
-    steps, start = 0, time.perf_counter()
+def _play_for(contender: Contender, seconds: float) -> Turn:
+    steps, start, waited = 0, time.perf_counter(), distributed.waited()
     while True:
         steps += contender.play()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         passed = time.perf_counter() - start
-        if passed >= seconds:
-            return steps / passed
+        if distributed.counts(int(passed >= seconds))[0]:  # ranks end after the same step
+            return Turn(steps / passed, (distributed.waited() - waited) / passed)
 
 
 @contextlib.contextmanager
