@@ -12,6 +12,7 @@ import datetime
 import io
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -77,21 +78,47 @@ def joined(config: RunConfig) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=config.rank_timeout)
     device = torch.device(_device_of(config.device))
     try:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        how: dict[str, Any] = {"store": _unused(store, rank, ranks), "rank": rank, "world_size": ranks}
         if _over_nccl(config.device):
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=timeout, device_id=device)
+            dist.init_process_group("nccl", timeout=timeout, device_id=device, **how)
             control = dist.new_group(backend="gloo", timeout=timeout)
         else:
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", timeout=timeout, **how)
             control = dist.group.WORLD
     except RuntimeError as error:
-        raise UserError(f"the ranks do not find each other: {str(error).splitlines()[0]}") from None
+        raise RankLost(f"the ranks do not find each other: {str(error).splitlines()[0]}") from None
     _ranks = _Ranks(control, config.rank_timeout)
     try:
         yield
         leave()
     finally:
         _forget()
+
+
+def _unused(store: Any, rank: int, ranks: int) -> Any:
+    """A part of torchrun's store for this start alone.
+
+    torchrun keeps one store for all its restarts: a rank would find the address of one that is dead. Whoever is alive
+    answers: rank 0 names its start, each of the others asks it, by a word of its own, whether that is today's.
+    """
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", word)
+        for other in range(1, ranks):
+            store.set(f"{word}/{store.get(f'{word}/{other}').decode()}", "yes")
+        return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", word)
+        try:
+            store.wait([f"{start}/{word}"], datetime.timedelta(seconds=0.5))
+            return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def leave() -> None:

@@ -155,9 +155,10 @@ def floats(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from floats(value, f"{name}.{key}")
 
 
-def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
+def test_two_ranks_are_one_agent(tmp_path: Path) -> None:
     kinds = list(ranks.SETTINGS)
     one, *two = found(tmp_path, *kinds)
+    check_told(*(rank["tell"] for rank in two))
     for kind in kinds:
         check_equal(one[kind], [rank[kind] for rank in two])
         assert len(one[kind]["losses"]) >= (ranks.UPDATES if kind != "pictures" else 16)
@@ -178,8 +179,8 @@ def check_equal(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "the ranks have drifted apart"
 
 
-def test_what_the_ranks_tell_each_other(tmp_path: Path) -> None:
-    _, first, second = (rank.get("tell", {}) for rank in found(tmp_path))
+def check_told(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """What the ranks have told each other, by hand."""
     assert first.pop("own_part") == [0, 1]
     assert second.pop("own_part") == [2, 3]
     assert first == second
@@ -307,6 +308,7 @@ def test_a_killed_rank_is_started_again_and_ctrl_c_saves_once(
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_ranks(
     torchrun: Callable[..., Torchrun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
