@@ -301,20 +301,24 @@ def test_a_loaded_agent_goes_on_as_the_saved_one(variant: str, tmp_path: Any) ->
         assert torch.equal(value, other.rnd.state_dict()[name]), name
 
 
-def test_without_its_replay_buffer_a_loaded_agent_waits_until_enough_is_stored() -> None:
+def test_without_its_replay_buffer_a_loaded_agent_waits_until_it_is_as_full_again() -> None:
     envs, agent = build(settings(), probes.Both)
     for _ in islice(play(envs, agent, 1), 120):
         pass
     _, other = build(settings(), probes.Both)
     other.load_state_dict(agent.state_dict())
+    assert other.state_dict()["fill"] == agent.replay.fill, "a kill before it is full again forgets nothing"
     updates = other.num_updates
     loop = play(probes.vector_of(probes.Both, 4), other, 2)
-    for _ in islice(loop, 40):
+    for _ in islice(loop, 115):
         pass
-    assert other.num_updates == updates  # 80 stored of more than 100
+    assert other.num_updates == updates
     for _ in islice(loop, 40):
         pass
     assert 0 < other.num_updates - updates < 25  # and it does not catch up on what it missed
+    other.load_state_dict(agent.state_dict(replay=True))
+    next(play(probes.vector_of(probes.Both, 4), other, 2))
+    assert other.num_updates > agent.num_updates, "with its replay buffer it learns on at once"
 
 
 def test_precision_is_chosen_by_the_device_and_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

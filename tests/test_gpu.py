@@ -1,8 +1,10 @@
 """What only a CUDA device can show. Run with `-m gpu`."""
 
 import copy
+import subprocess
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import probes
 import pytest
 import torch
 from replay_helpers import check_valid
+from test_distributed import command, environment
 
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
@@ -18,6 +21,7 @@ from gravitar_dqn.envs import spec_of
 from gravitar_dqn.loop import play
 from gravitar_dqn.replay import ReplayBuffer
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CONFIG = DQNRunConfig(
@@ -165,3 +169,20 @@ def test_randals_learning_rate_reaches_the_graphs() -> None:
     agent.update_policy()
     moved = max((old - new).abs().max().item() for old, new in zip(before, agent.policy.parameters(), strict=True))
     assert 0 < moved < 1e-4, "steps of Adam are about as long as the learning rate"
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cuda:0"), (2, "cuda")], ids=["one shared, gloo", "two, NCCL"])
+def test_ranks_train_together(ranks: int, device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip("needs a GPU for every rank")
+    words = ["cartpole", "--device", device, "--dashboard", "off", "--video-every", 0, "--total-steps", 3_000]
+    ended = subprocess.run(
+        command(ROOT / "scripts" / "train.py", *words, "--run-dir", tmp_path / "run"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "runs eagerly" not in ended.stderr, "gradients can be averaged inside the graph"
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()

@@ -93,6 +93,7 @@ class DQNAgent(BaseAgent):
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
         self._epsilon_clock = -1  # of self._epsilons: never yet
+        self._fill_before = 0.0  # of the replay buffer, where a checkpoint without it was loaded
         self._capture()
 
     # ---------------------------------------------------------------- playing
@@ -158,7 +159,8 @@ class DQNAgent(BaseAgent):
     def update(self) -> int:
         """Do the gradient steps that are due by the clock; returns their number."""
         settings = self.config.agent
-        if self.stored <= self.config.first_update:
+        # After a resume the buffer first holds the newest games alone: learning from those undoes what was learned.
+        if self.stored <= self.config.first_update or self.replay.fill < self._fill_before:
             self._next_train = self.clock + settings.train_frequency
             return 0
         done = 0
@@ -276,6 +278,16 @@ class DQNAgent(BaseAgent):
 
     def _counters(self) -> tuple[str, ...]:
         return ("next_train", "next_sync")
+
+    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
+        """All that learning depends on; the replay buffer only where asked for."""
+        fill = max(self.replay.fill, self._fill_before)  # also of one that is not as full again yet
+        return {**super().state_dict(replay=replay), "fill": fill}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; without the replay buffer, learning waits until it is as full again."""
+        super().load_state_dict(state)
+        self._fill_before = state.get("fill", 0.0) if state["replay"] is None else 0.0  # older checkpoints do not tell
 
 
 # ---------------------------------------------------------------- what the rest of the package asks
