@@ -55,6 +55,11 @@ def size() -> int:
     return 1 if _ranks is None else _ranks.size
 
 
+def on_one_device() -> int:
+    """How many ranks share this one's device, and its memory."""
+    return 1 if _ranks is None or dist.get_backend() == "nccl" else _local("LOCAL_WORLD_SIZE")
+
+
 def waited() -> float:
     """Seconds that this process has waited so far for others, and for what they send; not for GPUs that talk."""
     return 0.0 if _ranks is None else _ranks.waited

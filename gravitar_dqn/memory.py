@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gravitar_dqn import distributed
 from gravitar_dqn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def check_buffer_fits(
 
     `setting` is the option that decides it, in units of so many transitions.
     """
-    each, free = bytes_per_transition(frame_shape, dtype), available_bytes(device)
+    each = bytes_per_transition(frame_shape, dtype)
+    free = available_bytes(device) // distributed.on_one_device()
     # A tenth is left for networks and activations.
     fits = int(free * 0.9) // each // unit
     fits -= fits % 1000 if fits > 1000 else 0

@@ -122,6 +122,7 @@ def follow(
                 precision=choose_precision(config.precision, agent.device),
                 execution=choose_execution(config.execution, agent.device),
                 frames_per_step=spec.frames_per_step,
+                ranks=distributed.size(),
             )
             tracker = Tracker(run_dir, config, agent, spec.frames_per_step, state.get("tracker"))
             console = Console(agent, state.get("console"))
@@ -225,10 +226,9 @@ def help_train(config: RunConfig) -> int:
                         break
                 distributed.leave()
                 return 0 if wish == distributed.END else wish
-    except RankLost:
-        raise
-    except UserError as error:
-        log.error("rank %d: %s", distributed.rank(), error)
+    except (UserError, OSError) as error:
+        if not isinstance(error, RankLost):  # rank 0 has lost one too, and says so
+            log.error("rank %d: %s", distributed.rank(), error)
         raise
 
 

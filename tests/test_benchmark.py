@@ -13,7 +13,7 @@ from probes import spec_of_shape
 from replay_helpers import check_valid
 
 from gravitar_dqn import cli
-from gravitar_dqn.benchmark import suite
+from gravitar_dqn.benchmark import scale, suite
 from gravitar_dqn.benchmark.contenders import (
     BATCH,
     NOTEBOOK_STEPS,
@@ -199,6 +199,36 @@ def test_it_says_what_it_measures_and_how_far_it_is(
 def test_a_worker_that_cannot_start_says_why() -> None:
     with pytest.raises(UserError, match="broken: ValueError: no such game"), workers({"broken": (fails,)}):
         pass
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_work_that_grows_with_the_ranks_is_the_same_for_each(ranks: int) -> None:
+    one = our_config("cpu", 16)
+    share = scale.grown(one, ranks).share(0, ranks)
+    assert share.env.num_envs == one.env.num_envs
+    assert share.agent.batch_size == one.agent.batch_size
+    assert share.agent.buffer_size == one.agent.buffer_size
+    steps = one.env.num_envs * ranks  # in one step of all ranks' games
+    assert share.agent.train_frequency / steps == one.agent.train_frequency / one.env.num_envs
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (64, [1, 2, 4, 8])])
+def test_ranks_are_doubled_as_far_as_there_are_cores(
+    cores: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "available_cores", lambda: list(range(cores)))
+    assert scale.counts("cpu") == expected
+
+
+@pytest.mark.slow
+def test_ranks_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "available_cores", lambda: [0, 1])
+    rows = scale.scale_rows(BenchConfig(device="cpu", num_envs=4, rounds=2, seconds=0.1))
+    one, grown, shared, *waited = rows
+    assert [len(row.values) for row in rows] == [2] * 5
+    assert "8 games, batch 256" in grown.name and "4 games in all, batch 128" in shared.name
+    assert min(one.values + grown.values + shared.values) > 0
+    assert all(0 < value < 100 for row in waited for value in row.values)
 
 
 def test_noise_fills_a_buffer_with_whole_games() -> None:

@@ -99,7 +99,7 @@ class Torchrun:
         os.kill(self.workers[rank], number)
 
     def interrupt(self) -> None:
-        os.kill(self._process.pid, signal.SIGINT)
+        os.killpg(self._process.pid, signal.SIGINT)  # as a terminal does
 
     def end(self, seconds: float = 120.0) -> int:
         """Its exit code; no process of it may be left."""

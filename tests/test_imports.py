@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gravitar_dqn"
 # Each module may import from the layers above its own.
 LAYERS = [
     {"errors", "ram_envs", "charts", "processes", "functional", "dashboard", "benchmark"},
-    {"config", "files", "logs", "execution", "memory", "encoders", "dashboard.visdom_files"},
+    {"config", "files", "logs", "execution", "encoders", "dashboard.visdom_files"},
     {"distributed"},
-    {"serialization", "replay", "checkpoint", "benchmark.options", "dashboard.registry", "dashboard.tail"},
+    {"serialization", "memory", "replay", "checkpoint", "benchmark.options", "dashboard.registry", "dashboard.tail"},
     {"worker"},
     {"envs", "presets", "loop"},
     {"networks"},
