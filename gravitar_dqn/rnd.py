@@ -96,10 +96,11 @@ class RND(nn.Module):
         target: the frozen network.
         predictor: the one that learns; both map frames (N, *newest_shape) to features (N, D).
         spec: what the environments show.
-        num_envs: environments that step together, on all ranks.
+        num_envs: environments that step together; on several ranks, this one's.
         gamma: discount of those sums.
         init_updates: gradient steps of the predictor before there is a bonus.
-        share: of the rows of a batch that the predictor learns from, drawn anew at every gradient step.
+        trained_envs: the predictor learns from as many rows as so many environments bring, drawn anew at every
+            gradient step; None: from all.
     """
 
     forward_filter: RewardForwardFilter
@@ -114,15 +115,17 @@ class RND(nn.Module):
         *,
         gamma: float,
         init_updates: int,
-        share: float = 1.0,
+        trained_envs: int | None = None,
     ) -> None:
         super().__init__()
         self.target, self.predictor = target, predictor
         self.obs_rms = RunningMeanStd(spec.newest_shape, shared=True)
         self.reward_rms = RunningMeanStd()
-        self.forward_filter = RewardForwardFilter(num_envs, gamma)
+        all_envs = num_envs * distributed.size()
+        self.forward_filter = RewardForwardFilter(all_envs, gamma)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # gradient steps of the predictor
-        self._spec, self._init_updates, self._share = spec, init_updates, share
+        self._spec, self._init_updates = spec, init_updates
+        self._share = 1.0 if trained_envs is None else min(1.0, trained_envs / all_envs)
 
     @property
     def ready(self) -> Tensor:
@@ -263,7 +266,7 @@ def make_rnd_networks(spec: EnvSpec, **arguments: int) -> tuple[nn.Module, nn.Mo
 
 
 def make_rnd(spec: EnvSpec, num_envs: int, settings: RNDSettings) -> RND | NotebookRND | None:
-    """The curiosity of a DQN that `settings` ask for, for `num_envs` of all ranks; None for a coefficient of 0."""
+    """The curiosity of a DQN that `settings` ask for, for so many environments; None for a coefficient of 0."""
     if settings.coef == 0:
         return None
     if settings.variant == "notebook":

@@ -101,7 +101,7 @@ def test_every_row_trains_the_predictor_and_an_empty_mask_is_no_nan() -> None:
         used += errors.grad > 0
     assert (used > 0).all(), "the fault: only the first rows"
     assert 0.2 < used.mean() / 60 < 0.3
-    empty = picture_rnd(share=0.0).predictor_loss(torch.ones(8), generator)
+    empty = picture_rnd(trained_envs=0).predictor_loss(torch.ones(8), generator)
     assert empty.item() == 0.0
     assert torch.isnan((torch.ones(8) * 0).sum() / torch.zeros(8).sum()), "the fault"
 

@@ -70,7 +70,7 @@ class DQNAgent(BaseAgent):
         self.batch_size = settings.batch_size
         self.q_network = make_q_network(spec, settings).to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        self.rnd = make_rnd(spec, num_envs * distributed.size(), config.rnd)
+        self.rnd = make_rnd(spec, num_envs, config.rnd)
         adam: dict[str, Any] = {"eps": settings.adam_epsilon, "fused": True, "capturable": self._graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), settings.learning_rate, **adam)
         self.rnd_optimizer: torch.optim.Adam | None = None

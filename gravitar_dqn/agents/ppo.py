@@ -81,10 +81,10 @@ class PPOAgent(BaseAgent):
             self.rnd = RND(
                 *networks.rnd,
                 spec,
-                num_envs * distributed.size(),
+                num_envs,
                 gamma=config.rnd.gamma,
                 init_updates=config.rnd.init_updates,
-                share=min(1.0, TRAINED_ENVS / (num_envs * distributed.size())),
+                trained_envs=TRAINED_ENVS,
             ).to(device)
             self.rnd_optimizer = make_optimizer(self.rnd.predictor.parameters())
 
