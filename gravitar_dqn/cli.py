@@ -31,10 +31,10 @@ from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.files import write_json
-from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log
+from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log, speaks
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
-from gravitar_dqn.processes import Stop, restarted, torchrun_began, torchrun_rank
-from gravitar_dqn.run_dir import check_free, commit, goes_on, load_run
+from gravitar_dqn.processes import Stop, restarted, torchrun_name, torchrun_rank
+from gravitar_dqn.run_dir import begun_by, check_free, commit, goes_on, load_run
 from gravitar_dqn.runs import RUNS, find, find_one, runs_in, standing
 from gravitar_dqn.runs import table as runs_table
 from gravitar_dqn.serialization import check_bounds, differences, validate
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """runs/<env>__<preset>__<seed>__<time>; the time is torchrun's, so that what it starts again finds its folder."""
-    began = time.strftime("%Y%m%d-%H%M%S", time.localtime(torchrun_began() or time.time()))
-    return RUNS / "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), began])
+    """runs/<env>__<preset>__<seed>__<time>."""
+    name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
+    return RUNS / name
 
 
 def resume_folder(argv: Sequence[str]) -> Path | None:
@@ -96,12 +96,20 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
         run_dir = arguments.resume
     else:
         run_dir = arguments.run_dir or run_folder(config)
-    resume = saved is not None or (restarted() and not torchrun_rank() and goes_on(run_dir))
-    if not resume and not torchrun_rank():
-        check_free(run_dir)  # a mistake is told at once
+    resume = saved is not None
+    if not resume and torchrun_rank() == 0:  # the others never look into the folder
+        begun = restarted_run([run_dir] if arguments.run_dir else runs_in(RUNS)) if restarted() else None
+        run_dir, resume = begun or run_dir, begun is not None and goes_on(begun)
+        if not resume:
+            check_free(run_dir)  # a mistake is told at once
     from gravitar_dqn.training import train
 
     return train(config, run_dir, resume=resume, show_times=arguments.profile)
+
+
+def restarted_run(run_dirs: Sequence[Path]) -> Path | None:
+    """The run that this torchrun has begun, of these."""
+    return next((run_dir for run_dir in run_dirs if begun_by(run_dir, torchrun_name())), None)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
@@ -335,7 +343,7 @@ def run(command: Callable[..., int | None], argv: Sequence[str], prog: str) -> i
         interrupted = isinstance(error, KeyboardInterrupt)
         code = 130 if interrupted else error.exit_code if isinstance(error, UserError) else 2
     try:
-        if error is not None and not torchrun_rank():  # what all ranks say is said once
+        if error is not None and speaks():
             print("interrupted" if interrupted else f"error: {error}", file=sys.stderr)
         sys.stderr.flush()
     except OSError:  # a log on a full disk: the exit code still tells

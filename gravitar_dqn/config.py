@@ -23,13 +23,14 @@ def bounded(default: Any, low: float = 0, high: float = math.inf) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
-def divided(name: str, value: int, parts: int) -> int:
-    """A setting's part for each of `parts` ranks; SettingError names one that cannot be divided."""
+def divided(name: str, value: int, ranks: int, unit: int = 1) -> int:
+    """A setting's part for each of `ranks`, a multiple of `unit`; SettingError names one that cannot be divided."""
+    parts = ranks * unit
     if value % parts:
         lower, upper = value // parts * parts, (value // parts + 1) * parts
         would = f"{lower} and {upper}" if lower else str(upper)
-        raise SettingError(name, f"is {value}, which {parts} ranks cannot share evenly: {would} can be divided")
-    return value // parts
+        raise SettingError(name, f"is {value}, which {ranks} ranks cannot share evenly: {would} can be divided")
+    return value // ranks
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class DQNRunConfig(RunConfig):
     def share(self, rank: int, ranks: int) -> Self:
         """Games, batch and replay buffer are divided; learning begins when all ranks together have stored enough."""
         if self.rnd.coef and self.rnd.variant == "notebook":
-            raise SettingError("rnd.variant", "is notebook, the original's curiosity, which is for one process: rnd")
+            raise SettingError("rnd.variant", "is notebook, which is for one process: several ranks need rnd")
         agent = replace(
             self.agent,
             batch_size=divided("agent.batch_size", self.agent.batch_size, ranks),
@@ -351,7 +352,7 @@ class PPORunConfig(RunConfig):
         tasks = replace(
             self.tasks,
             num_windows=divided("tasks.num_windows", self.tasks.num_windows, ranks),
-            reward_batch=2 * divided("tasks.reward_batch / 2", self.tasks.reward_batch // 2, ranks),
+            reward_batch=divided("tasks.reward_batch", self.tasks.reward_batch, ranks, unit=2),
         )
         ours = replace(super().share(rank, ranks), tasks=tasks)
         ours.check()

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from gravitar_dqn import functional
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import RankLost, UserError
-from gravitar_dqn.processes import available_cores, die_with_parent
+from gravitar_dqn.execution import choose_device
+from gravitar_dqn.processes import available_cores, by_torchrun, die_with_parent
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -55,9 +56,19 @@ def size() -> int:
     return 1 if _ranks is None else _ranks.size
 
 
-def on_one_device() -> int:
-    """How many ranks share this one's device, and its memory."""
-    return 1 if _ranks is None or dist.get_backend() == "nccl" else _local("LOCAL_WORLD_SIZE")
+def over_nccl() -> bool:
+    """Whether gradients go from GPU to GPU."""
+    return _ranks is not None and dist.get_backend() == "nccl"
+
+
+def memory_for_each(free: int) -> int:
+    """Of so many bytes free on this one's device, what is left for each rank that shares it."""
+    if _ranks is None:
+        return free
+    least = torch.tensor(free)  # nobody takes memory before all have looked
+    with _answers(_ranks):
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=_ranks.control)
+    return int(least) // (1 if over_nccl() else _local("LOCAL_WORLD_SIZE"))
 
 
 def waited() -> float:
@@ -75,18 +86,21 @@ def joined(config: RunConfig) -> Iterator[None]:
     RankLost, inside, when another one has ended or did not answer for `config.rank_timeout` seconds.
     """
     global _ranks
-    if not dist.is_available() or not dist.is_torchelastic_launched() or _local("WORLD_SIZE") == 1:
+    if by_torchrun():
+        die_with_parent()  # also when torchrun is killed
+    if not by_torchrun() or _local("WORLD_SIZE") == 1:
         yield
         return
-    config.share(0, _local("WORLD_SIZE"))  # what cannot be divided is told before anybody waits
-    die_with_parent()  # also when torchrun is killed
+    # What is wrong on all ranks is told before one waits for another.
+    config.share(0, _local("WORLD_SIZE"))
+    device = choose_device(_device_of(config.device))
+    if config.execution == "graphs":
+        raise UserError("--execution graphs is for one process: a rank that hangs in a graph would not be noticed")
     timeout = datetime.timedelta(seconds=config.rank_timeout)
-    device = torch.device(_device_of(config.device))
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         how: dict[str, Any] = {"store": _unused(store, rank, ranks), "rank": rank, "world_size": ranks}
         if _over_nccl(config.device):
-            torch.cuda.set_device(device)
             dist.init_process_group("nccl", timeout=timeout, device_id=device, **how)
             control = dist.new_group(backend="gloo", timeout=timeout)
         else:
@@ -149,6 +163,8 @@ def _answers(ranks: _Ranks) -> Iterator[None]:
     try:
         yield
         ranks.waited += time.perf_counter() - began
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         seconds, reason = ranks.timeout, str(error).splitlines()[0]
         raise RankLost(f"another rank has ended, or did not answer for {seconds:g} seconds ({reason})") from None
@@ -179,19 +195,17 @@ def _over_nccl(name: str) -> bool:
 
 
 def share_of(config: Config) -> Config:
-    """The settings of this rank's part of a run; UserError for what cannot be divided, or run here by several."""
+    """The settings of this rank's part of a run.
+
+    Several ranks run eagerly on GPUs too: torch does not watch over what NCCL does in a CUDA graph, so that a rank
+    which hangs there would never be noticed.
+    """
     if _ranks is None:
         return config
     ours = config.share(_ranks.rank, _ranks.size)
     cores = max(1, len(available_cores()) // _local("LOCAL_WORLD_SIZE"))
-    ours = replace(
-        ours, env=replace(ours.env, num_threads=ours.env.num_threads or cores), device=_device_of(ours.device)
-    )
-    if ours.device.startswith("cuda") and not _over_nccl(config.device):
-        if ours.execution == "graphs":
-            raise UserError("--execution graphs needs a GPU for every rank: --execution auto or eager shares one")
-        ours = replace(ours, execution="eager")
-    return ours
+    env = replace(ours.env, num_threads=ours.env.num_threads or cores)
+    return replace(ours, env=env, device=_device_of(config.device), execution="eager")
 
 
 # ---------------------------------------------------------------- what rank 0 tells all
@@ -277,9 +291,9 @@ def _fraction(count: Tensor) -> Tensor:
     return count * size() / whole.clamp(min=1)
 
 
-def weighted(loss: Tensor, count: Tensor) -> Tensor:
-    """A mean over `count` rows, so weighted that `average_gradients` makes it a mean over the rows of all ranks."""
-    return loss if _ranks is None else loss * _fraction(count)
+def weighted(loss: Tensor, mask: Tensor) -> Tensor:
+    """A mean over the rows where `mask` is 1, so weighted that `average_gradients` makes it a mean over all ranks'."""
+    return loss if _ranks is None else loss * _fraction(mask.sum())
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Graphed:
         here = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
+            with torch.cuda.graph(graph, stream=stream):
                 self._function()
         except RuntimeError as error:
             torch.cuda.set_stream(here)  # a capture that fails at its end leaves its own

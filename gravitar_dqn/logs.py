@@ -45,6 +45,11 @@ def forget_unwritten(stream: TextIO) -> None:
         os.close(nowhere)
 
 
+def speaks() -> bool:
+    """Whether this process tells what all ranks of a run know: rank 0 does, and the first one of another machine."""
+    return torchrun_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+
+
 def show_log() -> None:
     """Let this package's log appear on standard error, once."""
     package = logging.getLogger("gravitar_dqn")

@@ -48,7 +48,7 @@ def check_buffer_fits(
     `setting` is the option that decides it, in units of so many transitions.
     """
     each = bytes_per_transition(frame_shape, dtype)
-    free = available_bytes(device) // distributed.on_one_device()
+    free = distributed.memory_for_each(available_bytes(device))
     # A tenth is left for networks and activations.
     fits = int(free * 0.9) // each // unit
     fits -= fits % 1000 if fits > 1000 else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -19,11 +21,11 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 class Stop:
     """Set by Ctrl-C, SIGTERM or a closed terminal, so that the run can save; a second Ctrl-C interrupts at once.
 
-    Not one that is `patient`: torchrun hands on a Ctrl-C that the terminal has sent its processes already.
+    Not under torchrun, which hands on signals that its processes may have had already; it kills what has not ended
+    30 seconds later.
     """
 
-    def __init__(self, *, patient: bool = False) -> None:
-        self._patient = patient
+    def __init__(self) -> None:
         self._number = 0  # of the signal
 
     @property
@@ -45,7 +47,7 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._number = number
-        if not self._patient:
+        if not by_torchrun():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *exception: object) -> None:
@@ -53,9 +55,14 @@ class Stop:
             signal.signal(number, handler)
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def torchrun_rank() -> int:
     """The number of this process among those that torchrun has started; 0 without it."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    return int(os.environ["RANK"]) if by_torchrun() else 0
 
 
 def restarted() -> bool:
@@ -63,16 +70,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def torchrun_began() -> float | None:
-    """When torchrun was started, in seconds since 1970; None without it, and where the system does not tell."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    try:
-        words = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    except (OSError, StopIteration):
-        return None
-    return int(boot.split()[1]) + int(words[19]) / os.sysconf("SC_CLK_TCK")
+def torchrun_name() -> str:
+    """What tells the torchrun that has started this process from any other; "" without one."""
+    if not by_torchrun():
+        return ""
+    began = ""
+    with contextlib.suppress(OSError):  # only Linux tells
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()} {began}"
 
 
 def available_cores() -> list[int]:

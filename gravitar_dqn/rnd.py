@@ -155,7 +155,7 @@ class RND(nn.Module):
         """Mean over a random share of the rows (N,) (Burda 2018, algorithm 1). Counts a gradient step."""
         self.updates += 1
         mask = (torch.rand(len(errors), device=errors.device, generator=generator) < self._share).float()
-        return distributed.weighted(masked_mean(errors, mask), mask.sum())
+        return distributed.weighted(masked_mean(errors, mask), mask)
 
     def bonus(self, obs: Tensor) -> Tensor:
         """Errors (N,) of the newest frames of observations (N, *obs_shape)."""

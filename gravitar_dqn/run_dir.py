@@ -16,6 +16,7 @@ from gravitar_dqn.config import FREE_FIELDS, RunConfig
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.files import read_json, wall_seconds, write_json
 from gravitar_dqn.presets import from_dict
+from gravitar_dqn.processes import torchrun_name
 from gravitar_dqn.serialization import flatten, to_dict
 
 
@@ -114,6 +115,12 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
     return ["--resume", str(run_dir), *free] if goes_on(run_dir) else [*arguments, *free, "--run-dir", str(run_dir)]
 
 
+def begun_by(run_dir: Path, torchrun: str) -> bool:
+    """Whether a torchrun of this name has begun the run, or gone on with it last."""
+    path = run_dir / "config.json"
+    return path.exists() and read_json(path).get("torchrun") == torchrun
+
+
 def goes_on(run_dir: Path) -> bool:
     """Whether there is a run to go on with in a folder; if not, the folder is free for a new one afterwards."""
     from gravitar_dqn import checkpoint  # torch
@@ -137,6 +144,8 @@ def cannot_be_written(run_dir: Path, error: OSError) -> UserError:
 def write_config(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """config.json: all settings, what they ran on, and further facts of this run."""
     record = {"preset": config.preset, "config": to_dict(config), "versions": versions(), "commit": commit(), **facts}
+    if torchrun := torchrun_name():
+        record |= {"torchrun": torchrun}
     write_json(run_dir / "config.json", record)
 
 

@@ -30,10 +30,10 @@ from gravitar_dqn.execution import (
     keep_freed_memory,
     use_threads,
 )
-from gravitar_dqn.logs import show_log
+from gravitar_dqn.logs import show_log, speaks
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.processes import Stop, command_line
+from gravitar_dqn.processes import Stop, command_line, restarted
 from gravitar_dqn.recording import Recorder
 from gravitar_dqn.run_dir import cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.serialization import to_dict
@@ -120,7 +120,7 @@ def follow(
                 config,
                 device=describe_device(agent.device),
                 precision=choose_precision(config.precision, agent.device),
-                execution=choose_execution(config.execution, agent.device),
+                execution=choose_execution(distributed.share_of(config).execution, agent.device),
                 frames_per_step=spec.frames_per_step,
                 ranks=distributed.size(),
             )
@@ -137,7 +137,8 @@ def follow(
         if not state:
             log.info("learning begins after %s steps", f"{config.first_update:,}")
         elif agent.partial_buffer_size == 0:
-            log.info("the replay buffer fills anew before learning goes on (--checkpoint-replay keeps it)")
+            kept = " (--checkpoint-replay keeps it)" if distributed.size() == 1 else ""
+            log.info(f"the replay buffer fills anew before learning goes on{kept}")
         video_dir = Path(config.video_dir) / run_dir.name
         if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
             closing.callback(dashboard.close)
@@ -205,6 +206,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     show_log()
     if config.dashboard not in ("auto", "off"):
         check_address(config.dashboard)
+    find_game(config.env)
     with distributed.joined(config):
         if distributed.rank() > 0:
             return help_train(config)
@@ -214,7 +216,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
 def help_train(config: RunConfig) -> int:
     """Play and learn as one of the ranks, until rank 0 has saved what all have learned; the process's exit code."""
     try:
-        with Stop(patient=True) as stop, enough_memory():
+        with Stop() as stop, enough_memory():
             envs, agent = build(config)
             with contextlib.closing(envs):
                 state = distributed.same({})
@@ -227,7 +229,7 @@ def help_train(config: RunConfig) -> int:
                 distributed.leave()
                 return 0 if wish == distributed.END else wish
     except (UserError, OSError) as error:
-        if not isinstance(error, RankLost):  # rank 0 has lost one too, and says so
+        if not isinstance(error, RankLost) and not speaks():  # rank 0 has lost one too, and says so
             log.error("rank %d: %s", distributed.rank(), error)
         raise
 
@@ -249,6 +251,9 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: 
                 restore(agent, learned, run_dir)
                 del learned
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
+                    if restarted():  # a rank was lost when all was saved
+                        log.info("%s is complete", run_dir)
+                        return 0
                     raise UserError(
                         f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                         "a higher --total-steps, --total-episodes or --total-minutes goes on"
@@ -291,7 +296,7 @@ def run(
         RankLost: another rank has ended; what was learned until then is saved.
     """
     farewell: list[str] = []
-    with stop or Stop(patient=distributed.size() > 1) as stop, contextlib.ExitStack() as closing:
+    with stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         with contextlib.nullcontext() if state else removed_after_errors(run_dir):
@@ -320,8 +325,10 @@ def run(
         except (NotFinite, OutOfMemory) as error:
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
         except RankLost as error:
+            if distributed.over_nccl():  # the GPU may wait for ever for the one that is lost
+                raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
             checkpointer.save_last()
-            raise RankLost(f"{error}; stopped at step {agent.global_step}, saved in {run_dir}") from None
+            raise broken_off(error, agent, f"saved in {run_dir}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if at_end:
@@ -332,7 +339,7 @@ def run(
         return wish
 
 
-def broken_off(error: NotFinite | OutOfMemory, agent: Agent, stays: str) -> UserError:
+def broken_off(error: NotFinite | OutOfMemory | RankLost, agent: Agent, stays: str) -> UserError:
     """What a run that cannot go on ends with: what happened, when, what is left and what would do."""
     hint = "; a new run with a lower learning rate may do better" if isinstance(error, NotFinite) else ""
     return type(error)(f"{error}; stopped at step {agent.global_step}; {stays}{hint}")

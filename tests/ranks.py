@@ -74,6 +74,19 @@ SETTINGS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
             "rnd": {"coef": 0.1, "init_updates": 5, "update_frequency": 2},
         },
     ),
+    "priorities": (
+        "cartpole",
+        VECTOR,
+        {
+            "agent": {
+                "batch_size": 16,
+                "buffer_size": 400,
+                "learning_starts": 40,
+                "priority_exponent": 0.7,
+                "importance_exponent": 0.5,
+            },
+        },
+    ),
     "ppo": (
         "randal-cartpole",
         VECTOR,
@@ -116,25 +129,26 @@ class FixedChoices:
     def __init__(self) -> None:
         self._streams = {part: np.random.default_rng(part) for part in parts()}
 
-    def pick(self, eligible: torch.Tensor, count: int) -> torch.Tensor:
-        """Flat indices of `count` entries of a grid (rows, environments) where `eligible`, as many of each part."""
+    def pick(self, weights: torch.Tensor, count: int) -> torch.Tensor:
+        """Flat indices of `count` entries of a grid (rows, environments) by their weights, as many of each part."""
         found = []
-        width = eligible.shape[1] // len(self._streams)
+        width = weights.shape[1] // len(self._streams)
         for i, stream in enumerate(self._streams.values()):
-            rows, columns = torch.nonzero(eligible[:, i * width : (i + 1) * width], as_tuple=True)
-            draws = stream.random(count // len(self._streams))
-            if not len(rows):
-                rows = columns = torch.zeros(1, dtype=torch.int64)
-            chosen = torch.from_numpy((draws * len(rows)).astype(np.int64))
-            found.append(rows[chosen] * eligible.shape[1] + columns[chosen] + i * width)
+            own = weights[:, i * width : (i + 1) * width].double()
+            sums = own.reshape(-1).cumsum(0)
+            draws = torch.from_numpy(stream.random(count // len(self._streams))) * sums[-1]
+            chosen = torch.searchsorted(sums, draws, right=True).clamp(max=own.numel() - 1)
+            found.append(chosen // width * weights.shape[1] + chosen % width + i * width)
         return torch.cat(found)
 
     def draw(self, buffer: ReplayBuffer, count: int, generator: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.pick(buffer.sampling_weights > 0, count), torch.ones(count, dtype=torch.float64)
+        """What `ReplayBuffer._draw` gives, the probabilities without their sum, which cancels."""
+        indices = self.pick(buffer.sampling_weights, count)
+        return indices, buffer.sampling_weights.view(-1)[indices].double()
 
     def sample_where(self, buffer: ReplayBuffer, eligible: torch.Tensor, count: int, generator: Any) -> Any:
         eligible = (buffer.sampling_weights > 0) & eligible
-        return self.pick(eligible, count), eligible.any()
+        return self.pick(eligible.float(), count), eligible.any()
 
     def order(self, count: int, minibatches: int, width: int) -> torch.Tensor:
         """An order of a rollout's rows in which every minibatch has as many of each part."""
@@ -176,7 +190,7 @@ def learn(kind: str) -> dict[str, Any]:
     _, envs, agent = made(kind)
     fixed(agent)
     losses: list[float] = []
-    name = "_q_loss" if kind == "dqn" else "_policy_loss"
+    name = "_q_loss" if hasattr(agent, "q_network") else "_policy_loss"
     before = getattr(agent, name)
 
     def noted(*rows: Any) -> Any:
@@ -191,7 +205,9 @@ def learn(kind: str) -> dict[str, Any]:
         if agent.num_updates >= (UPDATES if kind != "pictures" else 16):  # those are slow
             break
     clocks = [agent.global_step, agent.episodes, agent.stored, agent.num_updates]
-    return {"losses": losses, "state": agent.state_dict(), "clocks": clocks, "games": len(games)}
+    epsilons = getattr(agent, "_epsilon_ends_here", torch.zeros(agent.config.env.num_envs))
+    found = {"losses": losses, "clocks": clocks, "games": len(games), "epsilons": epsilons}
+    return found | {"state": agent.state_dict() | {"max_weight": agent.replay.max_weight}}
 
 
 def tell() -> dict[str, Any]:

@@ -18,10 +18,10 @@ import ranks
 import torch
 from run_helpers import CARTPOLE, ROOT, refusal, rows, train
 
-from gravitar_dqn import checkpoint, distributed
+from gravitar_dqn import checkpoint, cli, distributed, training
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.processes import torchrun_began
+from gravitar_dqn.processes import Stop, torchrun_name
 from gravitar_dqn.serialization import build, nest
 
 SMALL = [*CARTPOLE, "--env.num-envs", "2", "--rank-timeout", "60"]
@@ -99,7 +99,9 @@ class Torchrun:
         os.kill(self.workers[rank], number)
 
     def interrupt(self) -> None:
-        os.killpg(self._process.pid, signal.SIGINT)  # as a terminal does
+        """Ctrl-C, and to the ranks twice: from whoever tells all processes of a job, and by torchrun."""
+        for pid in [*self.workers, self._process.pid]:
+            os.kill(pid, signal.SIGINT)
 
     def end(self, seconds: float = 120.0) -> int:
         """Its exit code; no process of it may be left."""
@@ -141,7 +143,7 @@ def torchrun(tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
 def found(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     """What tests/ranks.py found: in one process, and on each of two ranks."""
     script = command(ROOT / "tests" / "ranks.py", folder, *kinds)
-    ended = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False)
+    ended = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"{name}.pt") for name in ("alone", "rank_0", "rank_1")]
 
@@ -175,6 +177,7 @@ def check_equal(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
         for name, ours in floats(one["state"]):
             relative = 1e-5 if "_rms" in name else 0.0  # statistics of pixels, up to 255
             torch.testing.assert_close(theirs[name], ours, atol=1e-5, rtol=relative, msg=f"{name} differs")
+    torch.testing.assert_close(torch.cat([rank["epsilons"] for rank in two]), one["epsilons"])
     weights = [dict(floats(rank["state"])) for rank in two]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "the ranks have drifted apart"
 
@@ -205,7 +208,7 @@ def test_alone_nothing_is_changed() -> None:
     assert distributed.size() == 1
     assert distributed.total(values) == (values,)
     assert distributed.gathered(values) is values
-    assert distributed.weighted(values, mask.sum()) is values
+    assert distributed.weighted(values, mask) is values
     assert distributed.masked_mean(values, mask).item() == 1.5
     assert distributed.largest(values).item() == 4
     assert distributed.counts(1, 2) == [1, 2]
@@ -250,8 +253,12 @@ def test_a_run_is_shared_out() -> None:
         ("cartpole", {"agent.batch_size": 33}, "agent.batch_size is 33"),
         ("cartpole", {"agent.buffer_size": 20_001}, "agent.buffer_size is 20001"),
         ("randal", {"tasks.num_windows": 7}, "tasks.num_windows is 7"),
-        ("randal", {"tasks.reward_batch": 66}, "tasks.reward_batch / 2 is 33"),
-        ("notebook", {}, "rnd.variant is notebook, the original's curiosity, which is for one process"),
+        (
+            "randal",
+            {"tasks.reward_batch": 66},
+            "tasks.reward_batch is 66, which 2 ranks cannot share evenly: 64 and 68 can",
+        ),
+        ("notebook", {}, "rnd.variant is notebook, which is for one process: several ranks need rnd"),
         ("ppo", {"env.num_envs": 2, "agent.num_steps": 3, "agent.num_minibatches": 6}, "agent.num_minibatches is 6"),
     ],
 )
@@ -263,7 +270,12 @@ def test_what_cannot_be_divided_is_said(preset: str, changes: dict[str, Any], co
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     words = [*SMALL, "--env.num-envs", 3, "--run-dir", tmp_path / "run"]
     ended = subprocess.run(
-        command(ROOT / "scripts" / "train.py", *words), env=environment(), capture_output=True, text=True, check=False
+        command(ROOT / "scripts" / "train.py", *words),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert ended.returncode != 0
     told = [line for line in ended.stderr.splitlines() if "error: " in line]
@@ -271,13 +283,109 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_named_by_its_time_is_found_again() -> None:
-    code = "from gravitar_dqn.processes import torchrun_began as began; print(began())"
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, **more: object) -> None:
+    """Be what torchrun has started."""
+    monkeypatch.setattr(distributed, "die_with_parent", lambda: None)  # the tests' process has other parents
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "none", **more}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "--total-steps", 100, "--run-dir", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    as_rank(monkeypatch, 0, TORCHELASTIC_RESTART_COUNT=1)
+    assert "exists" in refusal(capsys, train(*words))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "run" / "notes.txt").unlink()
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert train(*words) == 0
+    record = (tmp_path / "run" / "config.json").read_bytes()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    capsys.readouterr()
+    assert "exists" in refusal(capsys, train(*words, "--seed", 9))
+    assert (tmp_path / "run" / "config.json").read_bytes() == record
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert train(*words) == 0, "a run that was complete when a rank was lost"
+    words[words.index("--total-steps") + 1] = 200
+    assert train(*words) == 0
+    assert "going on with" in capsys.readouterr().err
+
+
+def test_a_restart_finds_the_run_that_has_no_given_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_rank(monkeypatch, 0)
+    assert train(*SMALL, "--total-steps", 100) == 0
+    (first,) = Path("runs").iterdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(*SMALL, "--total-steps", 200) == 0
+    assert [*Path("runs").iterdir()] == [first]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(cli, "run_folder", lambda config: Path("runs/new"))
+    assert train(*SMALL, "--total-steps", 100) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {first.name, "new"}
+
+
+def test_torchruns_have_names_of_their_own() -> None:
+    code = "from gravitar_dqn.processes import torchrun_name as name; print(name())"
     env = {**environment(), "TORCHELASTIC_RUN_ID": "none"}
-    times = {subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for _ in range(2)}
-    assert len(times) == 1, "processes that the same one has started do not agree"
-    assert abs(float(times.pop()) - time.time()) < 24 * 3600
-    assert torchrun_began() is None
+    same = {subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for _ in range(2)}
+    assert len(same) == 1, "processes that the same one has started do not agree"
+    inner = (
+        f"import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', {code!r}], text=True), end='')"
+    )
+    assert subprocess.check_output([sys.executable, "-c", inner], env=env, text=True) not in same
+    assert torchrun_name() == ""
+
+
+@pytest.mark.parametrize(("rank", "local", "tells"), [(0, 0, True), (1, 1, False), (2, 0, True)])
+def test_who_tells_what_is_wrong_on_all_ranks(
+    rank: int, local: int, tells: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(monkeypatch, rank, LOCAL_RANK=local)
+    assert train("--resume", "nowhere") == 2
+    assert ("nowhere is not a run's folder" in capsys.readouterr().err) == tells
+
+
+def test_under_torchrun_a_second_signal_does_not_interrupt_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 0)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.exit_code == 130
+
+
+def test_a_helping_rank_has_games_and_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured("cartpole", **{"device": "cpu", "env.num_envs": 8})
+    _, first = training.build(config)
+    first.global_step = 40
+    control: Any = None
+    group = distributed._Ranks.__new__(distributed._Ranks)
+    group.rank, group.size, group.control, group.timeout, group.wish, group.agreed = 1, 2, control, 1.0, 0, 0
+    monkeypatch.setattr(distributed, "_ranks", group)
+    monkeypatch.setattr(distributed, "same", lambda state: first.state_dict())
+    monkeypatch.setattr(distributed, "memory_for_each", lambda free: free)
+    monkeypatch.setattr(distributed, "leave", lambda: None)
+    seen: list[Any] = []
+
+    def played(envs: Any, agent: Any, seed: int, **how: Any) -> Iterator[list[Any]]:
+        seen.extend([envs.num_envs, agent, seed])
+        group.agreed = distributed.END
+        yield []
+
+    monkeypatch.setattr(training, "play", played)
+    assert training.help_train(config) == 0
+    num_envs, agent, seed = seen
+    assert num_envs == 4
+    assert seed == config.seed + 4 + 40, "rank 0 plays seeds 0 to 3"
+    assert agent.global_step == 40
+    assert not torch.equal(agent.generator.get_state(), first.generator.get_state())
+    assert all(torch.equal(a, b) for a, b in zip(agent.policy.parameters(), first.policy.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------- what befalls a rank
@@ -315,7 +423,12 @@ def test_a_run_of_one_process_goes_on_with_ranks(
     assert train(*SMALL, "--run-dir", tmp_path / "run", "--total-steps", 300, "--checkpoint-replay") == 0
     words = ["--resume", tmp_path / "run", "--total-steps", 600]
     ended = subprocess.run(
-        command(ROOT / "scripts" / "train.py", *words), env=environment(), capture_output=True, text=True, check=False
+        command(ROOT / "scripts" / "train.py", *words),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
     assert "on 2 ranks of" in ended.stderr

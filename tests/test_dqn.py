@@ -316,6 +316,15 @@ def test_without_its_replay_buffer_a_loaded_agent_waits_until_it_is_as_full_agai
     for _ in islice(loop, 40):
         pass
     assert 0 < other.num_updates - updates < 25  # and it does not catch up on what it missed
+    _, third = build(settings(), probes.Both)
+    third.load_state_dict(agent.state_dict())
+    for _ in islice(play(probes.vector_of(probes.Both, 4), third, 2), 40):
+        pass
+    fourth = build(settings(), probes.Both)[1]
+    fourth.load_state_dict(third.state_dict(replay=True))  # a third of what it was
+    for _ in islice(play(probes.vector_of(probes.Both, 4), fourth, 2), 40):
+        pass
+    assert fourth.num_updates == updates
     other.load_state_dict(agent.state_dict(replay=True))
     next(play(probes.vector_of(probes.Both, 4), other, 2))
     assert other.num_updates > agent.num_updates, "with its replay buffer it learns on at once"

@@ -127,7 +127,7 @@ class AuxiliaryTasks(nn.Module):
         loss = functional.pixel_control_loss(
             q_values[:, :-1].flatten(0, 1), actions.view(-1), targets.flatten(0, 1), inside
         )
-        return distributed.weighted(loss, inside.sum())
+        return distributed.weighted(loss, inside)
 
     def value_replay_loss(self) -> Tensor:
         """Mean squared error of the score's value against the windows' returns, bootstrapped by today's network."""
@@ -148,7 +148,7 @@ class AuxiliaryTasks(nn.Module):
         )
         inside = windows.inside.float().view(-1)
         loss = 2 * functional.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
-        return distributed.weighted(loss, inside.sum())
+        return distributed.weighted(loss, inside)
 
     def reward_prediction_loss(self) -> Tensor:
         """Cross-entropy of the next reward's sign; half of the observations come before a reward, half before none."""
@@ -161,4 +161,4 @@ class AuxiliaryTasks(nn.Module):
         logits = self.heads["reward_prediction"](self.policy.trunk(self.replay.stacks(indices)))
         labels = functional.reward_classes(self.replay.rewards.view(-1)[indices])
         loss = functional.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there)
-        return distributed.weighted(loss, there.sum())
+        return distributed.weighted(loss, there)

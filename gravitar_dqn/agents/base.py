@@ -127,7 +127,7 @@ class BaseAgent:
         self.global_step = 0  # agent steps played, over all environments
         self.episodes = 0  # games finished
         self.num_updates = 0  # gradient steps
-        self._stored_elsewhere = 0  # transitions in the replay buffers of other ranks
+        self.stored = 0  # transitions in the replay buffer, with those in other ranks'
 
     # ---------------------------------------------------------------- playing
 
@@ -140,11 +140,6 @@ class BaseAgent:
     def epsilon(self) -> float:
         """Probability of an action that the policy did not choose."""
         return 0.0
-
-    @property
-    def stored(self) -> int:
-        """Transitions in the replay buffer, with those in other ranks'."""
-        return len(self.replay) + self._stored_elsewhere
 
     @property
     def partial_buffer_size(self) -> int | None:
@@ -166,11 +161,10 @@ class BaseAgent:
         """
         self.replay.put(actions, rewards, terminations, truncations, next_obs, played)
         self.replay.latest(out=self._obs)
-        here, ended = len(self.replay), (terminations | truncations) & played
-        steps, games, stored = distributed.counts(int(played.sum()), int(ended.sum()), here)
+        ended = (terminations | truncations) & played
+        steps, games, self.stored = distributed.counts(int(played.sum()), int(ended.sum()), len(self.replay))
         self.global_step += steps
         self.episodes += games
-        self._stored_elsewhere = stored - here
 
     # ---------------------------------------------------------------- learning
 
@@ -240,4 +234,5 @@ class BaseAgent:
         restore_generator(self.generator, state["generator"], self.config.seed + self.global_step)
         if state["replay"] is not None:
             self.replay.load_state_dict(state["replay"])
+        self.stored = len(self.replay)
         self._capture()  # the optimizers have new tensors

@@ -285,9 +285,9 @@ class DQNAgent(BaseAgent):
         return {**super().state_dict(replay=replay), "fill": fill}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; without the replay buffer, learning waits until it is as full again."""
+        """Take over what `state_dict` returned. Learning waits until the replay buffer is as full as it was."""
         super().load_state_dict(state)
-        self._fill_before = state.get("fill", 0.0) if state["replay"] is None else 0.0  # older checkpoints do not tell
+        self._fill_before = state.get("fill", 0.0)  # older checkpoints do not tell
 
 
 # ---------------------------------------------------------------- what the rest of the package asks

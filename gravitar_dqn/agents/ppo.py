@@ -291,7 +291,7 @@ class PPOAgent(BaseAgent):
         ext_loss = functional.value_loss(value_ext, rollout.returns_ext[rows], valid)
         metrics = {"policy_loss": clip_loss, "value_loss_ext": ext_loss, "entropy": entropy}
         metrics |= {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
-        loss = distributed.weighted(clip_loss - settings.ent_coef * entropy + ext_loss, valid.sum())
+        loss = distributed.weighted(clip_loss - settings.ent_coef * entropy + ext_loss, valid)
         if self.rnd is not None:
             int_loss = functional.value_loss(value_int, rollout.returns_int[rows], torch.ones_like(valid))
             metrics["value_loss_int"] = int_loss

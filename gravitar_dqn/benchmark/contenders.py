@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gravitar_dqn import training
+from gravitar_dqn import distributed, training
 from gravitar_dqn.config import (
     DQNRunConfig,
     DQNSettings,
@@ -80,7 +80,7 @@ class Ours:
     def __init__(self, config: RunConfig) -> None:
         envs, self.agent = training.build(config)
         overlap = can_overlap(envs, self.agent)
-        self._loop = play(envs, self.agent, config.seed, overlap=overlap)
+        self._loop = play(envs, self.agent, distributed.share_of(config).seed, overlap=overlap)
         while self.agent.num_updates <= Graphed.WARM_UP:  # of the hot functions, then the most are captured
             next(self._loop)
 

@@ -30,7 +30,7 @@ class RankOfOurs(contenders.Ours):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
         self._joined = contextlib.ExitStack()
         self._joined.enter_context(distributed.joined(config))
-        super().__init__(config)
+        super().__init__(config)  # with games of its own
 
 
 class Group:
@@ -69,6 +69,8 @@ def counts(device: str) -> list[int]:
     import torch
 
     most = torch.cuda.device_count() if choose_device(device).type == "cuda" else len(available_cores())
+    if device.startswith("cuda:"):
+        most = 1
     return [n for n in (1, 2, 4, 8) if n <= most]
 
 
@@ -104,7 +106,7 @@ def scale_rows(settings: BenchConfig) -> list[Row]:
     config = replace(config, threads=threads, env=replace(config.env, num_threads=threads), rank_timeout=3_600.0)
     one = f"1 rank, {config.env.num_envs} games"
     makers = {one: (config, 1)}
-    for n in numbers[1:]:
+    for n in (n for n in numbers[1:] if config.env.num_envs % n == 0):
         makers[f"{n} ranks, {config.env.num_envs * n} games, batch {n * config.agent.batch_size}"] = grown(config, n), n
         makers[f"{n} ranks, {config.env.num_envs} games in all, batch {config.agent.batch_size}"] = config, n
 
