@@ -33,7 +33,7 @@ from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.files import write_json
 from gravitar_dqn.logs import forget_unwritten, nobody_reads_stdout, show_log, speaks
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
-from gravitar_dqn.processes import Stop, restarted, torchrun_name, torchrun_rank
+from gravitar_dqn.processes import Stop, torchrun_name, torchrun_rank
 from gravitar_dqn.run_dir import begun_by, check_free, commit, goes_on, load_run
 from gravitar_dqn.runs import RUNS, find, find_one, runs_in, standing
 from gravitar_dqn.runs import table as runs_table
@@ -98,7 +98,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
         run_dir = arguments.run_dir or run_folder(config)
     resume = saved is not None
     if not resume and torchrun_rank() == 0:  # the others never look into the folder
-        begun = restarted_run([run_dir] if arguments.run_dir else runs_in(RUNS)) if restarted() else None
+        begun = restarted_run([run_dir] if arguments.run_dir else runs_in(RUNS))
         run_dir, resume = begun or run_dir, begun is not None and goes_on(begun)
         if not resume:
             check_free(run_dir)  # a mistake is told at once
@@ -108,8 +108,9 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
 
 
 def restarted_run(run_dirs: Sequence[Path]) -> Path | None:
-    """The run that this torchrun has begun, of these."""
-    return next((run_dir for run_dir in run_dirs if begun_by(run_dir, torchrun_name())), None)
+    """The run, of these, that the torchrun which has started this process has begun before."""
+    name = torchrun_name()
+    return next((run_dir for run_dir in run_dirs if begun_by(run_dir, name)), None) if name else None
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:

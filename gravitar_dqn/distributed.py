@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import functional
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import RankLost, UserError
+from gravitar_dqn.errors import RankLost, SettingError, UserError
 from gravitar_dqn.execution import choose_device
 from gravitar_dqn.processes import available_cores, by_torchrun, die_with_parent
 
@@ -92,7 +92,7 @@ def joined(config: RunConfig) -> Iterator[None]:
         yield
         return
     # What is wrong on all ranks is told before one waits for another.
-    config.share(0, _local("WORLD_SIZE"))
+    check_share(config, _local("WORLD_SIZE"))
     device = choose_device(_device_of(config.device))
     if config.execution == "graphs":
         raise UserError("--execution graphs is for one process: a rank that hangs in a graph would not be noticed")
@@ -114,6 +114,22 @@ def joined(config: RunConfig) -> Iterator[None]:
         leave()
     finally:
         _forget()
+
+
+def check_share(config: RunConfig, ranks: int) -> None:
+    """Raise SettingError where a run cannot be shared among so many ranks; it says how many there can be."""
+
+    def fits(number: int) -> bool:
+        with contextlib.suppress(SettingError):
+            config.share(0, number)
+            return True
+        return False
+
+    try:
+        config.share(0, ranks)
+    except SettingError as error:
+        numbers = ", ".join(str(number) for number in range(1, 65) if fits(number))
+        raise SettingError(error.name, f"{error.complaint}; as it is, the run can have {numbers} ranks") from None
 
 
 def _unused(store: Any, rank: int, ranks: int) -> Any:
@@ -166,8 +182,9 @@ def _answers(ranks: _Ranks) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        seconds, reason = ranks.timeout, str(error).splitlines()[0]
-        raise RankLost(f"another rank has ended, or did not answer for {seconds:g} seconds ({reason})") from None
+        reason, late = str(error).splitlines()[0], time.perf_counter() - began >= ranks.timeout
+        what = f"did not answer for {ranks.timeout:g} seconds" if late else "has ended"
+        raise RankLost(f"another rank {what}" + ("" if "gloo" in reason else f" ({reason})")) from None
 
 
 def _local(name: str) -> int:

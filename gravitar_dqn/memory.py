@@ -58,4 +58,5 @@ def check_buffer_fits(
             f"{free / 2**30:.1f} GiB free: {setting} {fits} would fit"
         )
     size = capacity * each / 2**30
-    log.info("replay buffer: %d transitions of %d bytes, %.2f GiB on %s", capacity, each, size, device)
+    ranks = " for each rank" if distributed.size() > 1 else ""
+    log.info("replay buffer: %d transitions of %d bytes, %.2f GiB on %s%s", capacity, each, size, device, ranks)

@@ -65,11 +65,6 @@ def torchrun_rank() -> int:
     return int(os.environ["RANK"]) if by_torchrun() else 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process anew, after the end of one before it."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def torchrun_name() -> str:
     """What tells the torchrun that has started this process from any other; "" without one."""
     if not by_torchrun():

@@ -33,9 +33,9 @@ from gravitar_dqn.execution import (
 from gravitar_dqn.logs import show_log, speaks
 from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.processes import Stop, command_line, restarted
+from gravitar_dqn.processes import Stop, command_line, torchrun_name
 from gravitar_dqn.recording import Recorder
-from gravitar_dqn.run_dir import cannot_be_written, check_free, lock, removed_after_errors, write_config
+from gravitar_dqn.run_dir import begun_by, cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.serialization import to_dict
 from gravitar_dqn.telemetry import Console, Tracker
 
@@ -167,7 +167,8 @@ def build(config: RunConfig) -> tuple[Any, Agent]:
     device = check_machine(config)
     keep_freed_memory()
     use_threads(config.threads)
-    log.info("starting %d games of %s", config.env.num_envs, config.env.id)  # many take some seconds
+    each = f" on each of {distributed.size()} ranks" if distributed.size() > 1 else ""
+    log.info("starting %d games of %s%s", config.env.num_envs, config.env.id, each)  # many take some seconds
     envs = make_envs(config.env)
     spec = spec_of(envs)
     if device.type == "cpu" and spec.kind == "picture" and config.preset == "gravitar":
@@ -229,7 +230,8 @@ def help_train(config: RunConfig) -> int:
                 distributed.leave()
                 return 0 if wish == distributed.END else wish
     except (UserError, OSError) as error:
-        if not isinstance(error, RankLost) and not speaks():  # rank 0 has lost one too, and says so
+        # Rank 0 tells of a lost one too, unless it is that itself: so rank 1 does.
+        if not speaks() and (not isinstance(error, RankLost) or distributed.rank() == 1):
             log.error("rank %d: %s", distributed.rank(), error)
         raise
 
@@ -251,7 +253,7 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: 
                 restore(agent, learned, run_dir)
                 del learned
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
-                    if restarted():  # a rank was lost when all was saved
+                    if begun_by(run_dir, torchrun_name()):  # a rank was lost when all was saved
                         log.info("%s is complete", run_dir)
                         return 0
                     raise UserError(
@@ -296,6 +298,7 @@ def run(
         RankLost: another rank has ended; what was learned until then is saved.
     """
     farewell: list[str] = []
+    how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
     with stop or Stop() as stop, contextlib.ExitStack() as closing:
         closing.callback(lambda: log.info("\n".join(farewell)) if farewell else None)  # below the progress line
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
@@ -326,15 +329,15 @@ def run(
             raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
         except RankLost as error:
             if distributed.over_nccl():  # the GPU may wait for ever for the one that is lost
-                raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
+                stays = f"{run_dir} stays as of step {checkpointer.saved_step}, go on with: {how}"
+                raise broken_off(error, agent, stays) from None
             checkpointer.save_last()
-            raise broken_off(error, agent, f"saved in {run_dir}") from None
+            raise broken_off(error, agent, f"saved, go on with: {how}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if at_end:
             farewell.append(f"done: {agent.global_step} steps, {agent.episodes} games, saved in {run_dir}")
             return 0
-        how = how_to_resume or command_line(["--resume", str(run_dir)], "train")
         farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
         return wish
 

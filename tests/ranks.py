@@ -202,7 +202,7 @@ def learn(kind: str) -> dict[str, Any]:
     games: list[Any] = []
     for episodes in play(envs, agent, seed=0):
         games += episodes
-        if agent.num_updates >= (UPDATES if kind != "pictures" else 16):  # those are slow
+        if agent.num_updates >= (UPDATES if kind != "pictures" else 8):  # those are slow
             break
     clocks = [agent.global_step, agent.episodes, agent.stored, agent.num_updates]
     epsilons = getattr(agent, "_epsilon_ends_here", torch.zeros(agent.config.env.num_envs))

@@ -379,7 +379,7 @@ def test_a_run_is_told_its_gpu(processes: Processes, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         sweep, "split_devices", lambda device, parts: [f"{device} {i} of {parts}" for i in range(parts)]
     )
-    monkeypatch.setattr(cli, "available_cores", lambda: [1, 4])
+    monkeypatch.setattr(process_module, "available_cores", lambda: [1, 4])
     assert run("cartpole", "--seeds", 1, 2, "--parallel", 2, "--dir", "s") == 0
     assert set(processes.devices.values()) <= {"auto 0 of 2", "auto 1 of 2"}
     assert len(processes.devices) == 2
