@@ -432,6 +432,7 @@ def free(run_dir: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_campaign_that_is_killed_and_stopped_comes_to_its_end(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     run_dir = folder / "cartpole__742"

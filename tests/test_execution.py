@@ -150,7 +150,11 @@ def test_graphs_give_the_run_that_eager_gives(emulated: list[EmulatedGraph]) -> 
     torch.testing.assert_close(eager.rnd.obs_rms.mean, graphs.rnd.obs_rms.mean, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tasks", [ppo_helpers.PPO_RND, ppo_helpers.PICTURE_TASKS], ids=["ppo-rnd", "randal"])
+@pytest.mark.parametrize(
+    "tasks",
+    [ppo_helpers.PPO_RND, pytest.param(ppo_helpers.PICTURE_TASKS, marks=pytest.mark.slow)],
+    ids=["ppo-rnd", "randal"],
+)
 def test_graphs_give_the_run_that_eager_gives_to_randal(tasks: Any, emulated: list[EmulatedGraph]) -> None:
     config = ppo_helpers.settings(tasks, num_envs=4, learning_rate_end=1e-4, learning_rate_decay=150)
     config = replace(config, agent=replace(config.agent, num_steps=4, update_epochs=2, num_minibatches=2))

@@ -136,4 +136,4 @@ def test_the_dashboard_draws_its_charts() -> None:
 
 
 def test_the_benchmark_plays_it() -> None:
-    assert _play_for(Ours(replace(ToyRunConfig(), device="cpu")), 0.05) > 0
+    assert _play_for(Ours(replace(ToyRunConfig(), device="cpu")), 0.05).speed > 0

@@ -151,9 +151,8 @@ def test_both_optimizers_learn(optimizer: str, kind: type) -> None:
     assert probabilities(agent, 0.0).item() > 0.9
 
 
-@pytest.mark.parametrize(
-    "tasks", [PPO_RND, pytest.param(PICTURE_TASKS, marks=pytest.mark.slow)], ids=["ppo-rnd", "randal"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [PPO_RND, PICTURE_TASKS], ids=["ppo-rnd", "randal"])
 def test_probe_remember_needs_the_stack(tasks: TaskSettings) -> None:
     changes: dict[str, Any] = {"num_steps": 12, "num_minibatches": 2, "learning_rate": 5e-4, "gamma": 0.9}
     config = settings(tasks, num_envs=16, ent_coef=0.01, **changes)

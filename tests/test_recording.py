@@ -301,6 +301,7 @@ def run_until(monkeypatch: pytest.MonkeyPatch, reached: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_training_run_records_and_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

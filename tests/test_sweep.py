@@ -422,6 +422,7 @@ def test_an_error_in_a_thread_ends_the_sweep(processes: Processes, capsys: Any, 
 # ---------------------------------------------------------------- with real processes
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     words = ["cartpole", "--seeds", 1, "--settings", TINY, "--minutes", 0.1, "--episodes", 2, "--snapshots", 2]
     words += ["--dir", tmp_path / "s"]
