@@ -117,8 +117,9 @@ def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = 
 
 def begun_by(run_dir: Path, torchrun: str) -> bool:
     """Whether a torchrun of this name has begun the run, or gone on with it last."""
-    path = run_dir / "config.json"
-    return path.exists() and read_json(path).get("torchrun") == torchrun
+    with contextlib.suppress(UserError):  # none there, or a damaged one
+        return bool(read_json(run_dir / "config.json").get("torchrun") == torchrun)
+    return False
 
 
 def goes_on(run_dir: Path) -> bool:

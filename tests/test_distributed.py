@@ -306,12 +306,14 @@ def test_a_restart_finds_the_run_that_has_no_given_name(tmp_path: Path, monkeypa
     as_rank(monkeypatch, 0)
     assert train(*SMALL, "--total-steps", 100) == 0
     (first,) = Path("runs").iterdir()
+    Path("runs/damaged").mkdir()
+    Path("runs/damaged/config.json").write_text("{")
     assert train(*SMALL, "--total-steps", 200) == 0
-    assert [*Path("runs").iterdir()] == [first]
+    assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged"}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     monkeypatch.setattr(cli, "run_folder", lambda config: Path("runs/new"))
     assert train(*SMALL, "--total-steps", 100) == 0
-    assert {path.name for path in Path("runs").iterdir()} == {first.name, "new"}
+    assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged", "new"}
 
 
 def test_torchruns_have_names_of_their_own() -> None:
