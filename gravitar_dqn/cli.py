@@ -108,7 +108,10 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
 
 
 def restarted_run(run_dirs: Sequence[Path]) -> Path | None:
-    """The run, of these, that the torchrun which has started this process has begun before."""
+    """The run, of these, that the torchrun which has started this process has begun before.
+
+    It is found while rank 0 stays under the same torchrun: on another machine it would begin anew.
+    """
     name = torchrun_name()
     return next((run_dir for run_dir in run_dirs if begun_by(run_dir, name)), None) if name else None
 

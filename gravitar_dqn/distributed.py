@@ -62,13 +62,13 @@ def over_nccl() -> bool:
 
 
 def memory_for_each(free: int) -> int:
-    """Of so many bytes free on this one's device, what is left for each rank that shares it."""
+    """Of so many bytes free on this one's device, what each rank that shares it can have; the least on any machine."""
     if _ranks is None:
         return free
-    least = torch.tensor(free)  # nobody takes memory before all have looked
-    with _answers(_ranks):
+    least = torch.tensor(free // (1 if over_nccl() else _local("LOCAL_WORLD_SIZE")))
+    with _answers(_ranks):  # nobody takes memory before all have looked
         dist.all_reduce(least, dist.ReduceOp.MIN, group=_ranks.control)
-    return int(least) // (1 if over_nccl() else _local("LOCAL_WORLD_SIZE"))
+    return int(least)
 
 
 def waited() -> float:

@@ -78,10 +78,10 @@ def claimed(path: Path, asked: Mapping[str, Any], what: str) -> Iterator[None]:
 
 
 def holds_other(folder: Path, ours: str) -> bool:
-    """Whether a folder has something in it, a lock beside, but not the file called `ours`."""
+    """Whether a folder has something in it, a lock and what a kill left of a file beside, but not the file `ours`."""
     if folder.is_file():
         return True
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    there = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} if folder.exists() else set()
     return bool(there - {"lock"}) and ours not in there
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gravitar_dqn import distributed
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import NotFinite, NotSaved
+from gravitar_dqn.errors import NotFinite, NotSaved, RankLost
 from gravitar_dqn.files import written_whole
 from gravitar_dqn.logs import forget_unwritten
 from gravitar_dqn.loop import Agent, Episode
@@ -202,7 +202,8 @@ class Tracker:
         """Write what waits, and a last row; NotSaved when that cannot be done, a warning after another error."""
         self._bar.close()
         complaints = []
-        if self._agent.global_step > self._last_step:
+        waits = kind is RankLost and distributed.over_nccl()  # the GPU, perhaps for ever
+        if self._agent.global_step > self._last_step and not waits:
             try:
                 self._tick()
             except Exception as error:  # as after the death of a device: that has ended the run, and is told

@@ -220,7 +220,8 @@ def help_train(config: RunConfig) -> int:
         with Stop() as stop, enough_memory():
             envs, agent = build(config)
             with contextlib.closing(envs):
-                state = distributed.same({})
+                if not (state := distributed.same({})):  # the run is complete
+                    return 0
                 agent.load_state_dict(state | {"generator": None})  # its random numbers are its own
                 seed = distributed.share_of(config).seed + agent.global_step
                 for _ in play(envs, agent, seed, overlap=can_overlap(envs, agent)):
@@ -255,6 +256,7 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: 
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
                     if begun_by(run_dir, torchrun_name()):  # a rank was lost when all was saved
                         log.info("%s is complete", run_dir)
+                        distributed.same({})  # the others wait for it
                         return 0
                     raise UserError(
                         f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "

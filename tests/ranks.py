@@ -216,7 +216,7 @@ def tell() -> dict[str, Any]:
     values = torch.arange(4.0) + first
     mask = torch.tensor([1.0, 1.0, 1.0, 0.0]) if distributed.rank() else torch.tensor([1.0, 0.0, 0.0, 0.0])
     weight = torch.zeros(4, requires_grad=True)
-    distributed.weighted(functional.masked_mean(weight * values, mask), mask.sum()).backward()  # type: ignore[no-untyped-call]
+    distributed.weighted(functional.masked_mean(weight * values, mask), mask).backward()  # type: ignore[no-untyped-call]
     gradient = {torch.nn.Parameter(torch.zeros(4)): values.clone()}
     distributed.average_gradients([weight], gradient)  # type: ignore[list-item]
     games = [(first, 1)] * (1 + 2 * distributed.rank())

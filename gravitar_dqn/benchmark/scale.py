@@ -104,6 +104,7 @@ def scale_rows(settings: BenchConfig) -> list[Row]:
     threads = max(1, len(available_cores()) // numbers[-1])
     config = contenders.our_config(settings.device, min(settings.num_envs, 32), curious=False)
     config = replace(config, threads=threads, env=replace(config.env, num_threads=threads), rank_timeout=3_600.0)
+    config = replace(config, execution="eager")  # as several ranks run
     one = f"1 rank, {config.env.num_envs} games"
     makers = {one: (config, 1)}
     for n in (n for n in numbers[1:] if config.env.num_envs % n == 0):
