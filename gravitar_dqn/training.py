@@ -327,14 +327,14 @@ def run(
                 distributed.leave()
                 if at_end:
                     evaluator.finish(lambda: stop.requested)
-        except (NotFinite, OutOfMemory) as error:
-            raise broken_off(error, agent, f"{run_dir} stays as of step {checkpointer.saved_step}") from None
-        except RankLost as error:
-            if distributed.over_nccl():  # the GPU may wait for ever for the one that is lost
-                stays = f"{run_dir} stays as of step {checkpointer.saved_step}, go on with: {how}"
-                raise broken_off(error, agent, stays) from None
-            checkpointer.save_last()
-            raise broken_off(error, agent, f"saved, go on with: {how}") from None
+        except (NotFinite, OutOfMemory, RankLost) as error:
+            stays = f"{run_dir} stays as of step {checkpointer.saved_step}"
+            if isinstance(error, RankLost):
+                if not distributed.over_nccl():  # there the GPU may wait for ever for the one that is lost
+                    checkpointer.save_last()
+                    stays = "saved"
+                stays += f", go on with: {how}"
+            raise broken_off(error, agent, stays) from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if at_end:

@@ -27,20 +27,27 @@ from gravitar_dqn.serialization import build, nest
 SMALL = [*CARTPOLE, "--env.num-envs", "2", "--rank-timeout", "60"]
 
 
-def command(*words: object, ranks: int = 2) -> list[str]:
-    """torchrun with a script and its arguments, and options of its own before those."""
+def command(*words: object) -> list[str]:
+    """torchrun of two ranks with a script and its arguments, and options of its own before those."""
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={ranks}",
+        "--nproc-per-node=2",
         *map(str, words),
     ]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run_to_end(*words: object) -> str:
+    """What two ranks of a script, which must succeed, tell on standard error."""
+    ended = subprocess.run(command(*words), env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
 
 
 class Torchrun:
@@ -142,9 +149,7 @@ def torchrun(tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
 
 def found(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     """What tests/ranks.py found: in one process, and on each of two ranks."""
-    script = command(ROOT / "tests" / "ranks.py", folder, *kinds)
-    ended = subprocess.run(script, env=environment(), capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    run_to_end(ROOT / "tests" / "ranks.py", folder, *kinds)
     return [torch.load(folder / f"{name}.pt") for name in ("alone", "rank_0", "rank_1")]
 
 
@@ -428,19 +433,10 @@ def test_a_run_of_one_process_goes_on_with_ranks(
     torchrun: Callable[..., Torchrun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(*SMALL, "--run-dir", tmp_path / "run", "--total-steps", 300, "--checkpoint-replay") == 0
-    words = ["--resume", tmp_path / "run", "--total-steps", 600]
-    ended = subprocess.run(
-        command(ROOT / "scripts" / "train.py", *words),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "on 2 ranks of" in ended.stderr
-    assert "the replay buffer fills anew" in ended.stderr
-    assert "of several ranks are not saved" in ended.stderr
+    told = run_to_end(ROOT / "scripts" / "train.py", "--resume", tmp_path / "run", "--total-steps", 600)
+    assert "on 2 ranks of" in told
+    assert "the replay buffer fills anew" in told
+    assert "of several ranks are not saved" in told
     capsys.readouterr()
     assert "is complete" in refusal(capsys, train("--resume", tmp_path / "run", "--total-steps", 600))
 

@@ -93,7 +93,7 @@ class DQNAgent(BaseAgent):
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
         self._epsilon_clock = -1  # of self._epsilons: never yet
-        self._fill_before = 0.0  # of the replay buffer, where a checkpoint without it was loaded
+        self._fill_before = 0.0  # of the replay buffer, when the checkpoint that was loaded was written
         self._capture()
 
     # ---------------------------------------------------------------- playing
