@@ -215,16 +215,6 @@ def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
     return sweep.run(options, jobs, core_sets)
 
 
-def campaign_command(argv: Sequence[str], prog: str = "campaign.py") -> int:
-    """`campaign [PRESET] [options]`."""
-    from gravitar_dqn import campaign
-
-    description = "The GPU tests, the benchmark, the longest training that the time allows; the same command goes on."
-    options = parse(campaign.CampaignConfig, argv, prog, description)
-    check_bounds(options, "--")
-    return campaign.run(options, lambda words: parse_train(words, prog.replace("campaign", "train"))[0].config)
-
-
 def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
     """`plot RUN_DIR [RUN_DIR ...] [options]`."""
     from gravitar_dqn.plot import PlotConfig, plot
@@ -311,7 +301,6 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "eval": evaluate_command,
     "watch": watch_command,
     "sweep": sweep_command,
-    "campaign": campaign_command,
     "runs": runs_command,
     "plot": plot_command,
     "export": export_command,

@@ -78,12 +78,8 @@ def wall_seconds(run_dir: Path) -> float:
     return float(last_row(run_dir / "metrics.csv").get("wall_seconds", 0.0))
 
 
-def last_output(path: Path) -> str:
-    """What the last command ("$ ...") in a log printed; nothing where there is no log."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return ("\n" + text).rpartition("\n$ ")[2].partition("\n")[2].strip()
-
-
 def last_line(path: Path) -> str:
-    """The last line of that."""
-    return last_output(path).rpartition("\n")[2].strip()
+    """The last line that the last command ("$ ...") in a log printed; nothing where there is no log."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    printed = ("\n" + text).rpartition("\n$ ")[2].partition("\n")[2].strip()
+    return printed.rpartition("\n")[2].strip()

@@ -87,9 +87,7 @@ def package_command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "gravitar_dqn", *words]
 
 
-def start(
-    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, dies_with_us: bool = False
-) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], log: Path, *, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a process; the command, without the folders that lead here, and what it prints go into `log`.
 
     In a session of its own, a Ctrl-C on the terminal reaches the process only through this one, and so once.
@@ -98,8 +96,6 @@ def start(
         command: the program and its arguments.
         log: the file.
         env: environment variables to set beside those that are.
-        dies_with_us: also when this process is killed, the other is ended, by SIGTERM, where the system can do that.
-            Not from a program with threads that start processes too.
     """
     with log.open("ab") as file:
         words = [_program(command[0], Path(command[0]).name), *command[1:]]
@@ -111,8 +107,7 @@ def start(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **(env or {})},
-            preexec_fn=die_with_parent if dies_with_us else None,
+            env={**os.environ, **env},
         )
 
 

@@ -104,15 +104,9 @@ def removed_after_errors(run_dir: Path) -> Iterator[None]:
         raise
 
 
-def how_to_train(run_dir: Path, arguments: Sequence[str], free: Sequence[str] = ()) -> list[str]:
-    """Words of `train` that begin a run, or go on with it.
-
-    Args:
-        run_dir: the run's folder.
-        arguments: preset and settings of a new run.
-        free: settings that are also given to a run that goes on.
-    """
-    return ["--resume", str(run_dir), *free] if goes_on(run_dir) else [*arguments, *free, "--run-dir", str(run_dir)]
+def how_to_train(run_dir: Path, arguments: Sequence[str]) -> list[str]:
+    """Words of `train` that begin a run with these arguments in a folder, or go on with it."""
+    return ["--resume", str(run_dir)] if goes_on(run_dir) else [*arguments, "--run-dir", str(run_dir)]
 
 
 def begun_by(run_dir: Path, torchrun: str) -> bool:

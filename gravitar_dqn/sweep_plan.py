@@ -131,8 +131,8 @@ def plan(options: SweepConfig, threads: int, read: Callable[[Sequence[str]], Run
     return list(_with_seeds(options, jobs))
 
 
-def read_settings(text: str, option: str, own: Mapping[str, str], owner: str = "a sweep") -> dict[str, str]:
-    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or `owner`'s own (name: why)."""
+def read_settings(text: str, option: str, own: Mapping[str, str]) -> dict[str, str]:
+    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or the sweep's `own` (name: why)."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -144,7 +144,7 @@ def read_settings(text: str, option: str, own: Mapping[str, str], owner: str = "
         if not equals or not name:
             raise UserError(f"{option} {text!r}: {word!r} is not of the form setting=value")
         if name in own:
-            raise UserError(f"{option} {text!r}: {name} is not for {owner} to change, {own[name]}")
+            raise UserError(f"{option} {text!r}: {name} is not for a sweep to change, {own[name]}")
         settings[name] = value
     return settings
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"recording", "player", "dashboard.view"},
     {"evaluator", "dashboard.thread", "dashboard.draw"},
     {"training"},
-    {"agents.randal", "benchmark.contenders", "sweep", "campaign"},
+    {"agents.randal", "benchmark.contenders", "sweep"},
     {"agents.randal_trainer", "benchmark.peers"},
     {"benchmark.measure", "benchmark.worker"},
     {"benchmark.scale"},
