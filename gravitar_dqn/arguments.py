@@ -45,8 +45,9 @@ class PlayArguments:
     """The run's folder, or its name in runs/."""
     pretrained: str | None = None
     """Instead of a run: the name of weights that ship with the package."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """A run's newest checkpoint, or the best of those that --eval-every evaluated while it trained."""
+    checkpoint: str = "latest"
+    """Which of a run's checkpoints plays: latest; best, of those that --eval-every evaluated while it trained; or the
+    name of a file in its folder checkpoints/."""
     episodes: int = bounded(100, low=1)
     """Games to play."""
     epsilon: float = bounded(0.001, high=1)
@@ -63,8 +64,6 @@ class EvaluateArguments(PlayArguments):
     """auto, cpu, cuda or cuda:N."""
     max_steps: int = bounded(0)
     """Cut a game off after this many agent steps, as an idle agent's that would never end; 0: as in training."""
-    snapshots: int = bounded(0)
-    """Also play with this many checkpoints of the last sixth of the training time, as far as the run kept them."""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,17 @@ def best_of(run_dir: Path) -> Path:
     raise UserError(f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains")
 
 
+def find(run_dir: Path, which: str | Path) -> Path:
+    """A checkpoint's file: `best_of`, or one of the run's by its path or name; UserError names those it has."""
+    if which == "best":
+        return best_of(run_dir)
+    for path in (folder(run_dir) / which, folder(run_dir) / f"{which}.pt", Path(which)):
+        if path.is_file() and path.resolve().parent == folder(run_dir).resolve():
+            return path
+    kept = ", ".join(path.stem for path in sorted(folder(run_dir).glob("*_*.pt"))) or "none"
+    raise UserError(f"{run_dir} has no checkpoint {which}: latest, best, or one of those kept, {kept}")
+
+
 def _point_to(name: str, path: Path) -> None:
     """Let `name`, a link beside it, be this checkpoint."""
     link = path.with_name(f"{name}.tmp")

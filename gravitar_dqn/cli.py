@@ -120,11 +120,9 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
     check_bounds(arguments, "--")
-    if arguments.snapshots and not arguments.run_dir:
-        raise UserError("--snapshots needs a run's folder: weights that ship have no checkpoints beside them")
     run_dir = run_of(arguments, prog)
     trained = load_trained(arguments, run_dir)
-    from gravitar_dqn.evaluation import evaluate, evaluate_snapshots, snapshot_table, table
+    from gravitar_dqn.evaluation import evaluate, table
     from gravitar_dqn.execution import choose_device
 
     how: dict[str, Any] = {name: getattr(arguments, name) for name in ("episodes", "epsilon", "seed", "max_steps")}
@@ -139,7 +137,8 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     unwritten: OSError | None = None
     lines = [table(result)]
     if run_dir is not None:  # what is known of all games is not lost to what is known of a few
-        kinds = {"best": arguments.checkpoint == "best", "cut": arguments.max_steps > 0, "partial": partial}
+        played = Path(arguments.checkpoint).stem
+        kinds = {played: played != "latest", "cut": arguments.max_steps > 0, "partial": partial}
         name = "_".join(["eval", *(kind for kind, applies in kinds.items() if applies)]) + ".json"
         try:
             write_json(run_dir / name, result)
@@ -153,8 +152,6 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
         log.info("games were cut off after %d steps: their scores are not those of whole games", arguments.max_steps)
     if partial:
         log.info("stopped after %d of %d games: long games are missing", result["episodes"], arguments.episodes)
-    elif run_dir is not None and arguments.snapshots:
-        print(snapshot_table(evaluate_snapshots(run_dir, arguments.snapshots, **how)))
     return stop.exit_code if partial else 0
 
 
@@ -163,8 +160,8 @@ def run_of(arguments: PlayArguments, prog: str) -> Path | None:
     word, name = arguments.run_dir, arguments.pretrained
     if (not word) == (name is None):
         raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
-    if name is not None and arguments.checkpoint == "best":
-        raise UserError("--checkpoint best is a run's: weights that ship are one checkpoint")
+    if name is not None and arguments.checkpoint != "latest":
+        raise UserError(f"--checkpoint {arguments.checkpoint} is a run's: weights that ship are one checkpoint")
     there = Path(word).exists() or (RUNS / word).exists()
     if word and not there and (PRETRAINED / f"{word}.safetensors").exists():
         raise UserError(f"{word} is no run's folder, but weights of that name ship: {prog} --pretrained {word}")
@@ -175,11 +172,11 @@ def load_trained(arguments: PlayArguments, run_dir: Path | None) -> Trained:
     """The agent of a run, or the one that ships; UserError unless it is one."""
     if run_dir is not None:
         load_run(run_dir)  # a wrong folder is known before torch is loaded
-    from gravitar_dqn import checkpoint, trained
+    from gravitar_dqn import trained
 
     if run_dir is None:
         return trained.from_pretrained(str(arguments.pretrained))
-    return trained.from_run(run_dir, checkpoint.best_of(run_dir) if arguments.checkpoint == "best" else None)
+    return trained.from_run(run_dir, arguments.checkpoint)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:

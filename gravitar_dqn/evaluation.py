@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -24,10 +23,8 @@ from gravitar_dqn.agents import entry_of
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs import EnvSpec, frames_per_step, is_atari, make_envs, spec_of, spec_of_game
 from gravitar_dqn.errors import Interrupted, UserError
-from gravitar_dqn.files import write_json
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.sweep_plan import LAST_PART
-from gravitar_dqn.trained import Trained, from_run
+from gravitar_dqn.trained import Trained
 
 log = logging.getLogger(__name__)
 
@@ -259,55 +256,3 @@ def table(result: dict[str, Any]) -> str:
     if result["human_normalized"] is not None:
         rows.append(("human-normalized", f"{100 * result['human_normalized']:.1f} %"))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)
-
-
-# ---------------------------------------------------------------- how stable a policy is
-
-
-def late_checkpoints(run_dir: Path, count: int) -> dict[Path, float]:
-    """`count` checkpoints evenly spaced over the last sixth of the training time, oldest first; fewer where they lack.
-
-    Each with its seconds of training.
-
-    The newest is not among them: that is the one which `evaluate` plays.
-    """
-    damaged: list[checkpoint.NotWhole] = []
-    seconds = {path: float(state["tracker"]["wall_seconds"]) for path, state in checkpoint.whole(run_dir, damaged)}
-    for error in damaged:
-        log.warning("%s: left out", error)
-    newest, *paths = seconds
-    end = seconds[newest]
-    spacing = end * LAST_PART / count
-    chosen: dict[Path, float] = {}
-    for target in (end - i * spacing for i in range(count, 0, -1)):
-        near = [path for path in paths if abs(seconds[path] - target) <= spacing / 2]
-        chosen |= {path: seconds[path] for path in sorted(near, key=lambda path: abs(seconds[path] - target))[:1]}
-    return chosen
-
-
-def evaluate_snapshots(run_dir: Path, count: int, **how: Any) -> dict[str, Any]:
-    """`evaluate`, as `how` says, each of `late_checkpoints`; writes and returns snapshots.json's contents.
-
-    The policy that a run happens to end with may be better or worse than the one a minute earlier, which a single
-    evaluation cannot show. `minutes`, `global_step` and `mean` are lists with an item for each checkpoint.
-    """
-    result: dict[str, Any] = {name: how[name] for name in ("episodes", "epsilon")}
-    result |= {"minutes": [], "global_step": [], "mean": []}
-    for path, seconds in late_checkpoints(run_dir, count).items():
-        trained = from_run(run_dir, path)
-        result["mean"].append(evaluate(trained, **how)["mean"])
-        result["minutes"].append(round(seconds / 60, 3))
-        result["global_step"].append(trained.global_step)
-    write_json(run_dir / "snapshots.json", result)
-    return result
-
-
-def snapshot_table(result: dict[str, Any]) -> str:
-    """The statistics as lines for a terminal."""
-    means = result["mean"]
-    if not means:
-        return "no snapshots: the run kept no checkpoints of its last sixth (--checkpoint-minutes, --keep-checkpoints)"
-    lines = [f"after {at:7.1f} minutes  {mean:.1f}" for at, mean in zip(result["minutes"], means, strict=True)]
-    return "\n".join(
-        [*lines, f"{len(means)} snapshots: mean {np.mean(means):.1f}, {min(means):.1f} to {max(means):.1f}"]
-    )

@@ -13,7 +13,6 @@ from gymnasium.wrappers import FrameStackObservation
 
 from gravitar_dqn import functional, trained
 from gravitar_dqn.agents import entry_of
-from gravitar_dqn.checkpoint import best_of
 from gravitar_dqn.envs import make_single, spec_of_game
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation import load_policy
@@ -21,29 +20,26 @@ from gravitar_dqn.execution import choose_device
 from gravitar_dqn.runs import RUNS, find_one
 
 
-def load_agent(
-    name: str | Path, *, checkpoint: Literal["latest", "best"] = "latest", device: str = "auto", seed: int = 0
-) -> Player:
+def load_agent(name: str | Path, *, checkpoint: str = "latest", device: str = "auto", seed: int = 0) -> Player:
     """A trained agent that can be asked for actions; UserError when there is none of that name.
 
     Args:
         name: a run's folder, the name of one in runs/, or the name of weights that ship with the package.
-        checkpoint: of a run: the newest, or the best of those that were evaluated while it trained.
+        checkpoint: of a run: its newest, `latest`; `best`, of those that were evaluated while it trained; or the name
+            of a file in its folder checkpoints/.
         device: auto, cpu, cuda or cuda:N.
         seed: of random actions, and of actions drawn from a policy.
     """
-    if checkpoint not in ("latest", "best"):
-        raise UserError(f"no checkpoint {checkpoint!r}: latest or best")
     if str(name) in trained.names() and not (Path(name).exists() or (RUNS / name).exists()):
-        if checkpoint == "best":
-            raise UserError(f"{name} ships with the package: it is one checkpoint, not the best of a run")
+        if checkpoint != "latest":
+            raise UserError(f"{name} ships with the package: it is one checkpoint, there is no {checkpoint}")
         agent = trained.from_pretrained(str(name))
     else:
         try:
             run_dir = find_one(str(name))
         except UserError as error:
             raise UserError(f"{error}; weights ship for {', '.join(trained.names()) or 'none'}") from None
-        agent = trained.from_run(run_dir, best_of(run_dir) if checkpoint == "best" else None)
+        agent = trained.from_run(run_dir, checkpoint)
     return Player(agent, choose_device(device), seed)
 
 

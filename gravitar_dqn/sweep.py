@@ -25,8 +25,7 @@ from gravitar_dqn.telemetry import CsvLog
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    "preset variant seed global_step frames minutes sps train_mean mean std median iqm iqm_low iqm_high run_dir "
-    "snapshots"
+    "preset variant seed global_step frames minutes sps train_mean mean std median iqm iqm_low iqm_high run_dir"
 ).split()
 EPSILON = 0.001
 LAST_GAMES = 100  # of training, in the column train_mean
@@ -177,11 +176,10 @@ class Sweep:
         if not ended and (self.stopped or " is complete (" not in last_line(log)):
             return self._failed(job, log)
         games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
-        games += [f"--snapshots={self._options.snapshots}"] * bool(self._options.snapshots)
         if not self._process(["eval", str(job.run_dir), *games], log, env):
             return self._failed(job, log)
         try:
-            row = make_row(job, snapshots=self._options.snapshots > 0)
+            row = make_row(job)
         except UserError as error:
             return self._failed(job, log, str(error))
         with self._lock:
@@ -214,7 +212,7 @@ class Sweep:
         return process.returncode == 0
 
 
-def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
+def make_row(job: Job) -> dict[str, Any]:
     """The row of sweep.csv for a run that was trained and evaluated."""
     result = read_json(job.run_dir / "eval.json")
     metrics = read_rows(job.run_dir / "metrics.csv")
@@ -223,9 +221,6 @@ def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
     last = metrics[-1]
     seconds, steps = float(last["wall_seconds"]), int(last["global_step"])
     scores = [float(row["episodic_return"]) for row in read_rows(job.run_dir / "episodes.csv")[-LAST_GAMES:]]
-    means = read_json(job.run_dir / "snapshots.json")["mean"] if snapshots else []
-    if snapshots and not means:
-        raise UserError("it kept no checkpoints of its last sixth")
     return {
         "preset": job.preset,
         "variant": job.variant,
@@ -239,7 +234,6 @@ def make_row(job: Job, *, snapshots: bool) -> dict[str, Any]:
         "iqm_low": round(result["iqm_ci95"][0], 3),
         "iqm_high": round(result["iqm_ci95"][1], 3),
         "run_dir": job.run_dir.name,  # in the sweep's folder, wherever that is taken
-        "snapshots": "|".join(f"{mean:.6g}" for mean in means),
     }
 
 

@@ -18,7 +18,6 @@ from gravitar_dqn.presets import get_preset
 from gravitar_dqn.serialization import check_bounds, flatten, to_dict, validate
 
 BASE = "base"
-LAST_PART = 1 / 6  # of the training time, where snapshots are taken
 # What the sweep sets itself. The rest of a run can be changed by a variant.
 OWN = {
     "preset": "the presets come first",
@@ -27,6 +26,7 @@ OWN = {
     "run_dir": "--dir sets it",
     "resume": "the same command again goes on",
     "profile": "profile a single run with train",
+    "threads": "--parallel sets it",
 }
 
 
@@ -53,8 +53,6 @@ class SweepConfig:
     where there is one for each."""
     episodes: int = field(default=100, metadata={"low": 1, "high": 1e6})
     """Games of each evaluation."""
-    snapshots: int = field(default=0, metadata={"low": 0, "high": 1000})
-    """Also evaluate this many checkpoints of each run's last sixth, to show how stable the policy is."""
     dir: Path | None = None
     """The sweep's folder; by default runs/sweeps/<presets>."""
 
@@ -64,18 +62,12 @@ class SweepConfig:
         return self.dir or Path("runs") / "sweeps" / shortened("_".join(dict.fromkeys(self.presets)))
 
     @property
-    def own(self) -> dict[str, str]:
-        """Settings that the sweep sets itself, and how it is told to."""
-        snapshots = {"checkpoint_minutes": "--snapshots sets it", "keep_checkpoints": "--snapshots sets it"}
-        return OWN | {"threads": "--parallel sets it"} | (snapshots if self.snapshots else {})
-
-    @property
     def fixed(self) -> dict[str, Any]:
         """What scores depend on. Presets, variants and seeds may be added later, and the budget is of the day."""
         fixed = asdict(self)
         for name in ("presets", "variants", "seeds", "base", "budget_minutes", "dir"):
             del fixed[name]
-        return fixed | {"settings": label(read_settings(self.settings, "--settings", self.own))}
+        return fixed | {"settings": label(read_settings(self.settings, "--settings"))}
 
 
 @dataclass(frozen=True)
@@ -116,8 +108,8 @@ def plan(options: SweepConfig, threads: int, read: Callable[[Sequence[str]], Run
         raise UserError("no preset: name one or more first, sweep gravitar ...")
     if not options.seeds:
         raise UserError("--seeds names no seed")
-    shared = read_settings(options.settings, "--settings", options.own)
-    changes = [read_settings(text, "--variants", options.own) for text in options.variants]
+    shared = read_settings(options.settings, "--settings")
+    changes = [read_settings(text, "--variants") for text in options.variants]
     if not all(changes):
         raise UserError("--variants has an empty text: a variant is setting=value; the base runs unless --no-base")
     variants = dict.fromkeys([BASE] * options.base) | {label(changed): changed for changed in changes}
@@ -131,8 +123,8 @@ def plan(options: SweepConfig, threads: int, read: Callable[[Sequence[str]], Run
     return list(_with_seeds(options, jobs))
 
 
-def read_settings(text: str, option: str, own: Mapping[str, str]) -> dict[str, str]:
-    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or the sweep's `own` (name: why)."""
+def read_settings(text: str, option: str) -> dict[str, str]:
+    """ "agent.n-step=1 seed=2" by dotted names; UserError for what is no setting, or the sweep's own."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -143,8 +135,8 @@ def read_settings(text: str, option: str, own: Mapping[str, str]) -> dict[str, s
         name = name.replace("-", "_")
         if not equals or not name:
             raise UserError(f"{option} {text!r}: {word!r} is not of the form setting=value")
-        if name in own:
-            raise UserError(f"{option} {text!r}: {name} is not for a sweep to change, {own[name]}")
+        if name in OWN:
+            raise UserError(f"{option} {text!r}: {name} is not for a sweep to change, {OWN[name]}")
         settings[name] = value
     return settings
 
@@ -166,22 +158,12 @@ def make_job(
     default = get_preset(preset)
     given = {"dashboard": "off", "video_every": "0", "env.num_threads": str(threads), **settings}
     given |= {"total_minutes": f"{options.minutes:g}"}
-    if options.snapshots:
-        given |= for_snapshots(options.snapshots, options.minutes)
     arguments = (preset, *as_options(default, given))
     try:
         config = read(arguments)
     except UserError as error:
         raise UserError(f"{preset} {variant}: {error}") from None
     return Job(preset, variant, 0, arguments, config, options.folder)
-
-
-def for_snapshots(count: int, minutes: float) -> dict[str, str]:
-    """Settings of a run of so many minutes that keeps `count` checkpoints of its last part, and some to choose from."""
-    return {  # a little oftener than needed: saving takes time too
-        "checkpoint_minutes": f"{max(0.9 * minutes * LAST_PART / count, 1e-4):g}",
-        "keep_checkpoints": str(count * 10 // 9 + 4),
-    }
 
 
 def as_options(preset: RunConfig, settings: Mapping[str, str]) -> Iterator[str]:

@@ -40,10 +40,10 @@ class Trained:
     state: dict[str, Any] | None  # all of the agent in its checkpoint; None for shipped weights and older formats
 
 
-def from_run(run_dir: Path, path: Path | None = None) -> Trained:
-    """A run's newest checkpoint, or the one in file `path`; UserError when there is none."""
+def from_run(run_dir: Path, which: str | Path = "latest") -> Trained:
+    """A run's agent as of a checkpoint: its newest one, `latest`, or the one that `checkpoint.find` finds."""
     config = load_run(run_dir)
-    saved = checkpoint.load(run_dir) if path is None else checkpoint.read(path)
+    saved = checkpoint.load(run_dir) if which == "latest" else checkpoint.read(checkpoint.find(run_dir, which))
     state = saved["agent"]
     whole = state if saved["format"] == checkpoint.FORMAT else None  # an older one's curiosity has other layers
     return Trained(run_dir.resolve().name, config, state["policy"], state["clocks"]["global_step"], whole)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -192,7 +194,23 @@ def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pyte
     words = [str(run), "--episodes", "2"]
     assert cli.run(cli.evaluate_command, [*words, "--checkpoint", "best"], "evaluate.py") == 0
     assert (run / "eval_best.json").exists()
+    kept = sorted(checkpoint.folder(run).glob("step_*.pt"))[0]
+    for name in (kept, kept.name, kept.stem):
+        assert cli.run(cli.evaluate_command, [*words, "--checkpoint", str(name)], "evaluate.py") == 0
+        played = json.loads((run / f"eval_{kept.stem}.json").read_text())
+        assert played["frames_trained"] == checkpoint.read(kept)["agent"]["clocks"]["global_step"] < 450
     assert not (run / "eval.json").exists()
+
+
+def test_another_runs_checkpoint_is_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = sorted(checkpoint.folder(run_dir).glob("step_*.pt"))[-1]
+    other = tmp_path / "other.pt"
+    shutil.copy(newest, other)
+    capsys.readouterr()
+    words = [str(run_dir), "--checkpoint", str(other)]
+    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    assert said.startswith(f"{run_dir} has no checkpoint {other}: latest, best, or one of those kept, ")
+    assert newest.stem in said
 
 
 def test_a_run_without_a_best_checkpoint_says_how_to_get_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import CARTPOLE, refusal, rows, script, train
+from run_helpers import refusal, rows, script
 
 from gravitar_dqn import checkpoint, cli, sweep, sweep_plan
 from gravitar_dqn import processes as process_module
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.evaluation import late_checkpoints
 from gravitar_dqn.run_dir import lock
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
@@ -120,12 +119,6 @@ def test_what_is_said_twice_runs_once_and_a_variant_beats_the_settings() -> None
     assert config.agent.n_step == 1
 
 
-def test_snapshots_need_checkpoints() -> None:
-    config = jobs("cartpole", "--minutes", "60", "--snapshots", "10")[0].config
-    assert config.keep_checkpoints * config.checkpoint_minutes >= 10 + config.checkpoint_minutes
-    assert config.checkpoint_minutes == pytest.approx(0.9)
-
-
 def test_a_folders_name_is_readable_and_nobody_elses() -> None:
     assert (
         sweep_plan.shortened("gravitar__agent.n-step=1 rnd.coef=0.5__2") == "gravitar__agent.n-step=1_rnd.coef=0.5__2"
@@ -155,7 +148,6 @@ def test_a_folders_name_is_readable_and_nobody_elses() -> None:
             ["cartpole", "--settings", "seed=3"],
             "--settings 'seed=3': seed is not for a sweep to change, --seeds sets it",
         ),
-        (["cartpole", "--settings", "keep-checkpoints=3", "--snapshots", "2"], "--settings .* --snapshots sets it"),
         (
             ["cartpole", "--variants", "agent.gama=0.9"],
             "cartpole agent.gama=0.9: unknown option '--agent.gama=0.9': did you mean --agent.gamma?",
@@ -206,7 +198,6 @@ def test_every_run_is_trained_and_evaluated_and_gets_a_row(
         "iqm_low": "2.5",
         "iqm_high": "3.5",
         "run_dir": "cartpole__base__4",
-        "snapshots": "",
     }
     trained, evaluated = processes.commands[:2]
     assert trained[:2] == ["train", "cartpole"] and trained[-2:] == ["--run-dir", "s/cartpole__base__4"]
@@ -424,7 +415,7 @@ def test_an_error_in_a_thread_ends_the_sweep(processes: Processes, capsys: Any, 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    words = ["cartpole", "--seeds", 1, "--settings", TINY, "--minutes", 0.1, "--episodes", 2, "--snapshots", 2]
+    words = ["cartpole", "--seeds", 1, "--settings", TINY, "--minutes", 0.1, "--episodes", 2]
     words += ["--dir", tmp_path / "s"]
     run_dir = tmp_path / "s" / "cartpole__base__1"
     process = script("sweep.py", *words)
@@ -449,9 +440,6 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> N
     assert process.returncode == 0, err
     (row,) = table(tmp_path / "s" / "sweep.csv")
     assert int(row["global_step"]) > step and float(row["minutes"]) >= 0.1
-    assert len(row["snapshots"].split("|")) in (1, 2)
-    told = json.loads((tmp_path / "s" / row["run_dir"] / "snapshots.json").read_text())
-    assert all(0 < step < int(row["global_step"]) for step in told["global_step"]), "the newest is no snapshot"
     assert f"train --resume {run_dir}" in log.read_text()
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
     assert "cartpole base" in out.splitlines()[-1]
@@ -476,35 +464,3 @@ def test_a_run_that_lost_its_checkpoints_fails_alone(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err
     assert "cartpole base seed 1 failed (s/cartpole__base__1 has lost its checkpoints: copy them back" in said
     assert [row["seed"] for row in table(Path("s/sweep.csv"))] == ["2"]
-
-
-# ---------------------------------------------------------------- snapshots
-
-
-def save_at(run_dir: Path, seconds: Sequence[float]) -> None:
-    for i, when in enumerate(seconds):
-        checkpoint.save(run_dir, {"tracker": {"wall_seconds": when}}, i, keep=99)
-
-
-def test_snapshots_are_evenly_spaced_over_the_last_sixth(tmp_path: Path) -> None:
-    save_at(tmp_path, [10.0 * i for i in range(61)])  # every 10 of 600 seconds
-    chosen = [int(path.stem.removeprefix("step_")) for path in late_checkpoints(tmp_path, 5)]
-    assert chosen == [50, 52, 54, 56, 58]
-    assert len(late_checkpoints(tmp_path, 10)) == 10
-
-
-def test_snapshots_that_were_not_kept_are_missing(tmp_path: Path) -> None:
-    save_at(tmp_path, [100.0, 300.0, 560.0, 600.0])
-    assert [path.stem for path in late_checkpoints(tmp_path, 10)] == ["step_000000000002"]
-    save_at(tmp_path / "other", [600.0])
-    assert late_checkpoints(tmp_path / "other", 3) == {}
-
-
-def test_an_evaluation_without_snapshots_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "run") == 0
-    words = ["run", "--episodes", "1", "--device", "cpu", "--snapshots"]
-    capsys.readouterr()
-    said = refusal(capsys, cli.run(cli.evaluate_command, [*words, "-1"], "evaluate.py"))
-    assert said == "--snapshots is -1: it must be finite and at least 0"
-    assert cli.run(cli.evaluate_command, [*words, "3"], "evaluate.py") == 0
-    assert "no snapshots: the run kept no checkpoints of its last sixth" in capsys.readouterr().out

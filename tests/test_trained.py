@@ -89,8 +89,6 @@ def test_a_pretrained_agent_is_evaluated_and_filmed(
     ):
         capsys.readouterr()
         assert told in refusal(capsys, cli.run(cli.watch_command, words, "x.py"))
-    words = ["--pretrained", "small", "--snapshots", "2"]
-    assert cli.run(cli.evaluate_command, words, "x.py") == 2
 
 
 @pytest.mark.parametrize("name", trained.names() or ["none"])
