@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gravitar_dqn.agents.dqn import DQNAgent
-    from gravitar_dqn.agents.randal import RANDAL, PPOConfig, PPOIntrinsic
-    from gravitar_dqn.agents.randal_trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
     from gravitar_dqn.encoders import MLP, NatureCNN
+    from gravitar_dqn.evaluation.player import Player, load_agent
     from gravitar_dqn.networks import PredictorCNN, PredictorMLP
-    from gravitar_dqn.player import Player, load_agent
+    from gravitar_dqn.randal.interface import RANDAL, PPOConfig, PPOIntrinsic
+    from gravitar_dqn.randal.trainer import GAE, NSTEP, RANDALTrainer, RANDALTrainerConfig
     from gravitar_dqn.rnd import RewardForwardFilter, RunningMeanStd
 
 _HOMES = {
     "gravitar_dqn.agents.dqn": ("DQNAgent",),
-    "gravitar_dqn.agents.randal": ("PPOConfig", "PPOIntrinsic", "RANDAL"),
-    "gravitar_dqn.agents.randal_trainer": ("GAE", "NSTEP", "RANDALTrainer", "RANDALTrainerConfig"),
     "gravitar_dqn.encoders": ("MLP", "NatureCNN"),
+    "gravitar_dqn.evaluation.player": ("Player", "load_agent"),
     "gravitar_dqn.networks": ("PredictorCNN", "PredictorMLP"),
-    "gravitar_dqn.player": ("Player", "load_agent"),
+    "gravitar_dqn.randal.interface": ("PPOConfig", "PPOIntrinsic", "RANDAL"),
+    "gravitar_dqn.randal.trainer": ("GAE", "NSTEP", "RANDALTrainer", "RANDALTrainerConfig"),
     "gravitar_dqn.rnd": ("RewardForwardFilter", "RunningMeanStd"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from line_profiler import profile
 
-from gravitar_dqn import distributed
+from gravitar_dqn.runtime import distributed
 
 Array = npt.NDArray[Any]
 

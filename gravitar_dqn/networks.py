@@ -25,7 +25,7 @@ from gravitar_dqn.encoders import (
     orthogonal_init,
     scale_pixels,
 )
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 
 
 class QNetwork(nn.Module):

@@ -18,9 +18,9 @@ from gravitar_dqn.config import (
     RNDSettings,
     RunConfig,
     TaskSettings,
+    build,
 )
 from gravitar_dqn.errors import UserError, did_you_mean
-from gravitar_dqn.serialization import build
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # weights that ship
 

@@ -25,9 +25,9 @@ import torch
 from line_profiler import profile
 from torch import Tensor
 
-from gravitar_dqn import distributed
-from gravitar_dqn.execution import Upload
-from gravitar_dqn.functional import window_steps
+from gravitar_dqn.losses import window_steps
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import Upload
 
 Bools = npt.NDArray[np.bool_]
 

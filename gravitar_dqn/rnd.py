@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gravitar_dqn import distributed
 from gravitar_dqn.config import RNDSettings
 from gravitar_dqn.encoders import WIDTH, scale_pixels
-from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.functional import masked_mean
+from gravitar_dqn.envs.spec import EnvSpec
+from gravitar_dqn.losses import masked_mean
 from gravitar_dqn.networks import IntrinsicNetwork, predictor_class
+from gravitar_dqn.runtime import distributed
 
 TRAINED_ENVS = 32  # of a rollout: more environments do not train the predictor faster
 

@@ -11,16 +11,24 @@ from typing import Any
 
 import torch
 
-from gravitar_dqn import checkpoint, distributed
 from gravitar_dqn.agents import entry_of
-from gravitar_dqn.config import RunConfig
+from gravitar_dqn.config import RunConfig, to_dict
 from gravitar_dqn.dashboard.connection import check_address
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server
-from gravitar_dqn.envs import EnvSpec, find_game, is_atari, make_envs, spec_of
+from gravitar_dqn.envs import make_envs, spec_of
+from gravitar_dqn.envs.spec import EnvSpec, find_game, is_atari
 from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, RankLost, UserError
-from gravitar_dqn.evaluator import Evaluator
-from gravitar_dqn.execution import (
+from gravitar_dqn.evaluation.evaluator import Evaluator
+from gravitar_dqn.evaluation.video import Recorder
+from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import begun_by, cannot_be_written, check_free, lock, removed_after_errors, write_config
+from gravitar_dqn.run.logs import show_log, speaks
+from gravitar_dqn.run.telemetry import Console, Tracker
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import (
     check_execution,
     choose_device,
     choose_execution,
@@ -30,14 +38,7 @@ from gravitar_dqn.execution import (
     keep_freed_memory,
     use_threads,
 )
-from gravitar_dqn.logs import show_log, speaks
-from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
-from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.processes import Stop, command_line, torchrun_name
-from gravitar_dqn.recording import Recorder
-from gravitar_dqn.run_dir import begun_by, cannot_be_written, check_free, lock, removed_after_errors, write_config
-from gravitar_dqn.serialization import to_dict
-from gravitar_dqn.telemetry import Console, Tracker
+from gravitar_dqn.runtime.processes import Stop, command_line, torchrun_name
 
 log = logging.getLogger(__name__)
 

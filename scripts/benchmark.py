@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import bench_command, run
+from gravitar_dqn.cli.commands import bench_command, run
 
 if __name__ == "__main__":
     sys.exit(run(bench_command, sys.argv[1:], "benchmark.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import dashboard_command, run
+from gravitar_dqn.cli.commands import dashboard_command, run
 
 if __name__ == "__main__":
     sys.exit(run(dashboard_command, sys.argv[1:], "dashboard.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import evaluate_command, run
+from gravitar_dqn.cli.commands import evaluate_command, run
 
 if __name__ == "__main__":
     sys.exit(run(evaluate_command, sys.argv[1:], "evaluate.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import export_command, run
+from gravitar_dqn.cli.commands import export_command, run
 
 if __name__ == "__main__":
     sys.exit(run(export_command, sys.argv[1:], "export.py"))

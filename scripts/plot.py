@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import plot_command, run
+from gravitar_dqn.cli.commands import plot_command, run
 
 if __name__ == "__main__":
     sys.exit(run(plot_command, sys.argv[1:], "plot.py"))

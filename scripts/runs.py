@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import run, runs_command
+from gravitar_dqn.cli.commands import run, runs_command
 
 if __name__ == "__main__":
     sys.exit(run(runs_command, sys.argv[1:], "runs.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import run, sweep_command
+from gravitar_dqn.cli.commands import run, sweep_command
 
 if __name__ == "__main__":
     sys.exit(run(sweep_command, sys.argv[1:], "sweep.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import run, train_command
+from gravitar_dqn.cli.commands import run, train_command
 
 if __name__ == "__main__":
     sys.exit(run(train_command, sys.argv[1:], "train.py"))

@@ -3,7 +3,7 @@
 
 import sys
 
-from gravitar_dqn.cli import run, watch_command
+from gravitar_dqn.cli.commands import run, watch_command
 
 if __name__ == "__main__":
     sys.exit(run(watch_command, sys.argv[1:], "watch.py"))

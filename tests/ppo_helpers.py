@@ -13,12 +13,13 @@ import torch
 from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, make_task_heads, task_weights
 from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.config import EnvSettings, PPORNDSettings, PPORunConfig, TaskSettings
-from gravitar_dqn.envs import EnvSpec, spec_of
-from gravitar_dqn.execution import choose_device
+from gravitar_dqn.envs import spec_of
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import ActorCritic
 from gravitar_dqn.presets import NO_TASKS, PUBLISHED_PPO
 from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.runtime.execution import choose_device
 
 PPO_RND = NO_TASKS
 WEIGHTS = {"reward_prediction": 1.0, "value_replay": 1.0}

@@ -13,7 +13,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig
-from gravitar_dqn.envs import EnvSpec, make_envs, spec_of
+from gravitar_dqn.envs import make_envs, spec_of
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.loop import play
 
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from gravitar_dqn import distributed, functional
+from gravitar_dqn import losses
 from gravitar_dqn.agents import entry_of
-from gravitar_dqn.config import RunConfig
+from gravitar_dqn.config import RunConfig, build, nest
 from gravitar_dqn.envs import spec_of
 from gravitar_dqn.loop import play
 from gravitar_dqn.presets import get_preset
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.serialization import build, nest
+from gravitar_dqn.runtime import distributed
 
 RANKS, ENVS, UPDATES = 2, 4, 50  # environments of all ranks, gradient steps
 VECTOR, PICTURE = (6,), (84, 84)
@@ -163,8 +163,8 @@ class FixedChoices:
 def fixed(agent: Any) -> None:
     """Take chance out of an agent."""
     choices = FixedChoices()
-    functional.epsilon_greedy = lambda q_values, *rest: q_values.argmax(dim=1)
-    functional.gumbel_scores = lambda logits, *rest: logits
+    losses.epsilon_greedy = lambda q_values, *rest: q_values.argmax(dim=1)
+    losses.gumbel_scores = lambda logits, *rest: logits
     ReplayBuffer._draw = lambda buffer, *how: choices.draw(buffer, *how)  # type: ignore[method-assign]
     ReplayBuffer.sample_where = lambda buffer, *how: choices.sample_where(buffer, *how)  # type: ignore[method-assign]
     if hasattr(agent, "rollout"):
@@ -216,7 +216,7 @@ def tell() -> dict[str, Any]:
     values = torch.arange(4.0) + first
     mask = torch.tensor([1.0, 1.0, 1.0, 0.0]) if distributed.rank() else torch.tensor([1.0, 0.0, 0.0, 0.0])
     weight = torch.zeros(4, requires_grad=True)
-    distributed.weighted(functional.masked_mean(weight * values, mask), mask).backward()  # type: ignore[no-untyped-call]
+    distributed.weighted(losses.masked_mean(weight * values, mask), mask).backward()  # type: ignore[no-untyped-call]
     gradient = {torch.nn.Parameter(torch.zeros(4)): values.clone()}
     distributed.average_gradients([weight], gradient)  # type: ignore[list-item]
     games = [(first, 1)] * (1 + 2 * distributed.rank())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gravitar_dqn import cli
+from gravitar_dqn.cli import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--device cpu --precision fp32 --dashboard off --video-every 0".split()
@@ -24,7 +24,7 @@ GRAVITAR = ["gravitar", *SMALL, "--agent.batch-size", "8", "--env.num-envs", "2"
 
 def train(*words: object) -> int:
     """`train.py` with these arguments, in this process; its exit code."""
-    return cli.run(cli.train_command, [str(word) for word in words], "train.py")
+    return commands.run(commands.train_command, [str(word) for word in words], "train.py")
 
 
 def script(

@@ -24,7 +24,7 @@ from pathlib import Path
 from run_helpers import ROOT, rows
 from visdom_helpers import Server
 
-from gravitar_dqn import checkpoint
+from gravitar_dqn.run import checkpoint
 
 EVERY = 10.0  # seconds between two looks
 

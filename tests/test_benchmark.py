@@ -12,7 +12,6 @@ import torch
 from probes import spec_of_shape
 from replay_helpers import check_valid
 
-from gravitar_dqn import cli
 from gravitar_dqn.benchmark import scale, suite
 from gravitar_dqn.benchmark.contenders import (
     BATCH,
@@ -28,6 +27,7 @@ from gravitar_dqn.benchmark.measure import Row, alternate, rows_of, spread, tabl
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.peers import DuelingHead, Notebook, StableBaselines, StablePPO
 from gravitar_dqn.benchmark.worker import Contender, workers
+from gravitar_dqn.cli import commands
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.presets import NO_TASKS
@@ -252,7 +252,7 @@ def test_noise_fills_a_buffer_with_whole_games() -> None:
     ],
 )
 def test_bad_arguments_get_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(cli.bench_command, words, "benchmark.py") == 2
+    assert commands.run(commands.bench_command, words, "benchmark.py") == 2
     error = capsys.readouterr().err.strip()
     assert told in error and len(error.splitlines()) == 1
 

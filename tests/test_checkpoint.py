@@ -12,8 +12,8 @@ from faults import injected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gravitar_dqn import checkpoint
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.run import checkpoint
 
 
 def state(value: float = 1.0) -> dict[str, Any]:

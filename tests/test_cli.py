@@ -13,8 +13,11 @@ import pytest
 import torch
 from run_helpers import CARTPOLE, QUIET, RANDAL_CARTPOLE, ROOT, SMALL, refusal, rows, train
 
-from gravitar_dqn import checkpoint, cli, memory, training
-from gravitar_dqn.run_dir import load_run
+from gravitar_dqn import training
+from gravitar_dqn.cli import commands
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import load_run
+from gravitar_dqn.runtime import memory
 
 ONLY_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -210,13 +213,13 @@ def test_a_broken_checkpoint_is_refused_and_the_run_left_alone(
 
 
 @pytest.mark.parametrize(("spoil", "expected"), BROKEN.items())
-@pytest.mark.parametrize("command", [cli.evaluate_command, cli.watch_command])
+@pytest.mark.parametrize("command", [commands.evaluate_command, commands.watch_command])
 def test_a_broken_checkpoint_is_neither_evaluated_nor_watched(
     command: Any, spoil: Callable[[Path], None], expected: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(only_checkpoint(run_dir))
     before = contents(run_dir.parent)
-    said = refusal(capsys, cli.run(command, [str(run_dir)], "x.py"))
+    said = refusal(capsys, commands.run(command, [str(run_dir)], "x.py"))
     assert expected.replace("does not fit", "do not fit") in said
     assert contents(run_dir.parent) == before
 
@@ -226,16 +229,16 @@ def test_a_run_without_a_checkpoint_is_refused(run_dir: Path, capsys: pytest.Cap
         path.unlink()
     before = contents(run_dir)
     for command, words in (
-        (cli.train_command, ["--resume", str(run_dir)]),
-        (cli.evaluate_command, [str(run_dir)]),
-        (cli.watch_command, [str(run_dir)]),
+        (commands.train_command, ["--resume", str(run_dir)]),
+        (commands.evaluate_command, [str(run_dir)]),
+        (commands.watch_command, [str(run_dir)]),
     ):
-        said = refusal(capsys, cli.run(command, words, "x.py"))
+        said = refusal(capsys, commands.run(command, words, "x.py"))
         assert said == f"{run_dir} has no checkpoint yet: start the run again in another folder"
     assert contents(run_dir) == before
 
 
-@pytest.mark.parametrize("command", [cli.evaluate_command, cli.watch_command])
+@pytest.mark.parametrize("command", [commands.evaluate_command, commands.watch_command])
 def test_only_a_run_is_evaluated_or_watched(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder").mkdir()
     for words, expected in (
@@ -248,7 +251,7 @@ def test_only_a_run_is_evaluated_or_watched(command: Any, tmp_path: Path, capsys
         (["folder", "--seed", "-1"], "--seed is -1: it must be finite and between 0 and 1073741824"),
         (["folder", "--episode", "3"], "unknown option '--episode': did you mean --episodes?"),
     ):
-        assert expected in refusal(capsys, cli.run(command, words, "x.py"))
+        assert expected in refusal(capsys, commands.run(command, words, "x.py"))
     assert contents(tmp_path) == {}
 
 
@@ -256,7 +259,7 @@ def test_an_evaluation_on_a_device_that_does_not_exist_is_refused(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(run_dir), "--device", "tpu"]
-    assert refusal(capsys, cli.run(cli.evaluate_command, words, "x.py")).startswith("unknown device 'tpu'")
+    assert refusal(capsys, commands.run(commands.evaluate_command, words, "x.py")).startswith("unknown device 'tpu'")
 
 
 def test_a_resume_refuses_changed_settings_and_tells_them(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,7 +344,7 @@ def test_a_full_disk_at_the_start_is_one_line(
 def test_a_table_that_cannot_be_written_is_one_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "eval.tmp").mkdir()
     words = [str(run_dir), "--episodes", "1", "--device", "cpu"]
-    assert cli.run(cli.evaluate_command, words, "x.py") == 2
+    assert commands.run(commands.evaluate_command, words, "x.py") == 2
     assert re.fullmatch(r"error: .*Is a directory.*\n", capsys.readouterr().err)
     assert not (run_dir / "eval.json").exists()
 
@@ -371,7 +374,7 @@ def test_interrupting_before_the_run_begins_is_one_line(capsys: pytest.CaptureFi
     def interrupted(argv: object, prog: object) -> int:
         raise KeyboardInterrupt
 
-    assert cli.run(interrupted, [], "x.py") == 130
+    assert commands.run(interrupted, [], "x.py") == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
 
@@ -381,9 +384,9 @@ def test_the_installed_command_lists_its_commands(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gravitar-dqn", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     assert stopped.value.code == 0
-    assert f"{{{'|'.join(cli.COMMANDS)}}}" in capsys.readouterr().out
+    assert f"{{{'|'.join(commands.COMMANDS)}}}" in capsys.readouterr().out
 
 
 def test_the_installed_command_names_an_unknown_command(
@@ -391,7 +394,7 @@ def test_the_installed_command_names_an_unknown_command(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gravitar-dqn", "trian"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown command 'trian': did you mean train? ")
 
 
@@ -400,7 +403,7 @@ def test_the_installed_command_tells_its_version(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gravitar-dqn", "--version"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     assert stopped.value.code == 0
     assert re.match(r"gravitar-dqn \d+\.\d+\.\d+( \S+)?\n$", capsys.readouterr().out)
 
@@ -412,7 +415,7 @@ def test_the_installed_command_knows_the_names_of_the_scripts(
     assert (ROOT / "scripts" / f"{script}.py").exists()
     monkeypatch.setattr(sys, "argv", ["gravitar-dqn", script, "--nonsense"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     assert refusal(capsys, int(stopped.value.code or 0)).startswith("unknown option '--nonsense'")
 
 
@@ -445,7 +448,7 @@ def test_help_loads_neither_torch_nor_the_games() -> None:
         "import sys, atexit\n"
         "from gravitar_dqn import cli\n"
         "atexit.register(lambda: print('loaded', *sys.modules))\n"
-        "cli.run(cli.train_command, ['notebook', '--help'], 'train.py')\n"
+        "cli.run(commands.train_command, ['notebook', '--help'], 'train.py')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.rpartition("loaded")[2].split())
@@ -463,7 +466,7 @@ def test_a_run_ends_after_its_games_or_steps(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("word", ["1000000", "1_000_000", "1e6", "1E6", "1.0e6", "+1e6"])
 def test_numbers_are_read_as_people_write_them(word: str) -> None:
-    arguments, _ = cli.parse_train(["cartpole", "--total-steps", word, "--env.num-envs", "1e1"], "train.py")
+    arguments, _ = commands.parse_train(["cartpole", "--total-steps", word, "--env.num-envs", "1e1"], "train.py")
     assert (arguments.config.total_steps, arguments.config.env.num_envs) == (1_000_000, 10)
 
 
@@ -542,22 +545,24 @@ def test_ram_of_a_game_without_a_console_is_a_warning(capsys: pytest.CaptureFixt
 
 
 def test_an_export_needs_runs_and_a_folder_for_each(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refusal(capsys, cli.run(cli.export_command, [], "export.py")).startswith("no run: name one or more")
+    assert refusal(capsys, commands.run(commands.export_command, [], "export.py")).startswith(
+        "no run: name one or more"
+    )
     for home in ("a", "b"):
         assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", f"{home}/run") == 0
     capsys.readouterr()
     words = ["a/run", "b/run", "--out", "logs"]
-    assert "have the same name" in refusal(capsys, cli.run(cli.export_command, words, "export.py"))
+    assert "have the same name" in refusal(capsys, commands.run(commands.export_command, words, "export.py"))
 
 
 def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(cli.runs_command, [], "runs.py") == 0
+    assert commands.run(commands.runs_command, [], "runs.py") == 0
     assert capsys.readouterr().out == "there is no run in runs yet: train.py begins one\n"
     assert train(*CARTPOLE, "--total-steps", 60, "--run-dir", "runs/a") == 0
     Path("runs/b").mkdir()
     Path("runs/b/config.json").write_text("{}")
     capsys.readouterr()
-    assert cli.run(cli.runs_command, [], "runs.py") == 0
+    assert commands.run(commands.runs_command, [], "runs.py") == 0
     told = capsys.readouterr()
     _, line = told.out.splitlines()
     assert line.split()[:5] == ["a", "cartpole", "742", "finished", "60"]

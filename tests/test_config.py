@@ -21,11 +21,14 @@ from gravitar_dqn.config import (
     PPORunConfig,
     PPOSettings,
     TaskSettings,
+    differences,
+    flatten,
+    to_dict,
+    validate,
 )
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS, PUBLISHED_PPO, from_dict, get_preset
-from gravitar_dqn.run_dir import load_run
-from gravitar_dqn.serialization import differences, flatten, to_dict, validate
+from gravitar_dqn.run.folder import load_run
 
 PARTS = {"": DQNRunConfig, "env.": module.EnvSettings, "agent.": module.DQNSettings, "rnd.": module.RNDSettings}
 NUMBERS = [

@@ -24,6 +24,7 @@ from visdom_helpers import WINDOWS, Server, append_metrics, metrics_row, wait_un
 
 from gravitar_dqn.agents import entry_of
 from gravitar_dqn.charts import Reduce
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.dashboard import connection, tail, view
 from gravitar_dqn.dashboard.board import Board, Trace
 from gravitar_dqn.dashboard.panes import settings_pane
@@ -31,9 +32,8 @@ from gravitar_dqn.dashboard.registry import environment_name
 from gravitar_dqn.dashboard.tail import CsvTail
 from gravitar_dqn.dashboard.thread import Dashboard, pause
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.logs import show_log
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.run.logs import show_log
 
 REDUCE: dict[str, Callable[[list[float]], float]] = {"mean": lambda ys: math.fsum(ys) / len(ys), "max": max, "min": min}
 

@@ -16,7 +16,7 @@ from visdom_helpers import Server, append_metrics, pretend_prepared, saved_at, w
 from gravitar_dqn.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_files import prepared_files
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run.folder import lock
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -22,7 +22,7 @@ from gravitar_dqn.dashboard.draw import draw_runs
 from gravitar_dqn.dashboard.registry import environment_name, registered
 from gravitar_dqn.dashboard.view import RunView
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run.folder import lock
 
 Windows = dict[str, dict[str, Any]]
 

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from visdom_helpers import append_metrics, saved_at, write_run
 
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.dashboard.board import Board
 from gravitar_dqn.dashboard.compare import state_of
 from gravitar_dqn.dashboard.panes import Pane, duration, log_axis, run_pane
 from gravitar_dqn.dashboard.view import RunView
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.run_dir import lock
-from gravitar_dqn.runs import standing
-from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.run.folder import lock
+from gravitar_dqn.run.status import standing
 
 
 def content(pane: Pane) -> str:

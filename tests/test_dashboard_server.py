@@ -23,7 +23,7 @@ from gravitar_dqn.dashboard.pages import VISDOM_TITLE, entitled
 from gravitar_dqn.dashboard.registry import environment_name, register, registered
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_files import cache_dir, installed_visdom
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run.folder import lock
 
 HOLD = """
 import sys, time, pathlib

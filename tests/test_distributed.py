@@ -18,11 +18,14 @@ import ranks
 import torch
 from run_helpers import CARTPOLE, ROOT, refusal, rows, train
 
-from gravitar_dqn import checkpoint, cli, distributed, training
+from gravitar_dqn import training
+from gravitar_dqn.cli import commands
+from gravitar_dqn.config import build, nest
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.processes import Stop, torchrun_name
-from gravitar_dqn.serialization import build, nest
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.processes import Stop, torchrun_name
 
 SMALL = [*CARTPOLE, "--env.num-envs", "2", "--rank-timeout", "60"]
 
@@ -319,7 +322,7 @@ def test_a_restart_finds_the_run_that_has_no_given_name(tmp_path: Path, monkeypa
     assert train(*SMALL, "--total-steps", 200) == 0
     assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged"}
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    monkeypatch.setattr(cli, "run_folder", lambda config: Path("runs/new"))
+    monkeypatch.setattr(commands, "run_folder", lambda config: Path("runs/new"))
     assert train(*SMALL, "--total-steps", 100) == 0
     assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged", "new"}
 

@@ -13,11 +13,11 @@ import torch
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
 from gravitar_dqn.envs import spec_of
-from gravitar_dqn.evaluation import Policy, play_games
-from gravitar_dqn.execution import choose_precision
+from gravitar_dqn.evaluation.acting import Policy, play_games
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import DuelingConvQNetwork
 from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.runtime.execution import choose_precision
 
 CPU = torch.device("cpu")
 

@@ -22,14 +22,16 @@ from hypothesis import strategies as st
 from replay_helpers import check_valid
 from torch import Tensor, nn
 
-from gravitar_dqn import evaluation, rnd
+from gravitar_dqn import rnd
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
-from gravitar_dqn.evaluation import Policy, evaluate, play_games
+from gravitar_dqn.evaluation import scores
+from gravitar_dqn.evaluation.acting import Policy, play_games
+from gravitar_dqn.evaluation.scores import evaluate
+from gravitar_dqn.evaluation.trained_agent import Trained
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.trained import Trained
 
 CPU = torch.device("cpu")
 NUM_ENVS, FEATURES, NUM_ACTIONS = 3, 2, 3
@@ -797,7 +799,7 @@ def test_evaluating_a_trained_agent_plays_its_weights_by_the_epsilon_and_seed_as
             super().__init__(*arguments, **how)
             policies.append(self)
 
-    monkeypatch.setattr(evaluation, "Policy", Kept)
+    monkeypatch.setattr(scores, "Policy", Kept)
     evaluate(Trained("cartpole", config, weights, 0, None), episodes=3, epsilon=0.25, seed=9, device=CPU)
     (policy,) = policies
     torch.testing.assert_close(dict(policy.network.state_dict()), dict(weights), rtol=0, atol=0)

@@ -14,7 +14,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from run_helpers import ROOT
 
 from gravitar_dqn.config import EnvSettings
-from gravitar_dqn.envs import make_envs, make_recorded_env, make_single, spec_of
+from gravitar_dqn.envs import make_envs, spec_of
+from gravitar_dqn.envs.single import make_recorded_env, make_single
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS
 

@@ -13,21 +13,15 @@ import pytest
 import torch
 from run_helpers import CARTPOLE, train
 
-from gravitar_dqn import cli, evaluation
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.cli import commands
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.evaluation import (
-    Policy,
-    bootstrap_interval,
-    interquartile_mean,
-    load_policy,
-    play_games,
-    summarize,
-    table,
-)
+from gravitar_dqn.evaluation import scores
+from gravitar_dqn.evaluation.acting import Policy, load_policy, play_games
+from gravitar_dqn.evaluation.scores import bootstrap_interval, interquartile_mean, summarize, table
 from gravitar_dqn.networks import QNetwork
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.processes import Stop
+from gravitar_dqn.runtime.processes import Stop
 
 FIELDS = "episodes epsilon sticky_actions frames_trained mean std median iqm iqm_ci95 human_normalized returns".split()
 
@@ -174,7 +168,7 @@ def test_evaluating_a_run_writes_eval_json_and_prints_a_table(
     words = [str(run_dir), "--episodes", "5", "--epsilon", "0.5", "--seed", "3", "--device", "cpu"]
     results = []
     for _ in range(2):
-        assert cli.run(cli.evaluate_command, words, "evaluate.py") == 0
+        assert commands.run(commands.evaluate_command, words, "evaluate.py") == 0
         results.append(json.loads((run_dir / "eval.json").read_text()))
     result = results[0]
     assert result == results[1], "the same seed played other games"
@@ -214,7 +208,7 @@ def test_the_policy_sees_the_four_newest_frames_of_its_game(padding: Any, start:
 
 
 def evaluate(*words: object) -> int:
-    return cli.run(cli.evaluate_command, [str(word) for word in words], "evaluate.py")
+    return commands.run(commands.evaluate_command, [str(word) for word in words], "evaluate.py")
 
 
 def test_scores_that_count_are_told_as_they_come() -> None:
@@ -230,11 +224,11 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
 ) -> None:
     """Also before a game has ended: an idle agent's end all together, after minutes."""
     now = [100.0]
-    monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scores.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO, "gravitar_dqn")
-    progress = evaluation.Progress(3)
-    for seconds, scores in ((10, []), (21, []), (10, [100]), (10, [300]), (11, [])):
-        for score in scores:
+    progress = scores.Progress(3)
+    for seconds, games in ((10, []), (21, []), (10, [100]), (10, [300]), (11, [])):
+        for score in games:
             progress.add(score)
         now[0] += seconds
         progress.step()
@@ -249,8 +243,8 @@ def test_progress_at_a_terminal_moves_before_a_game_has_ended(monkeypatch: pytes
     terminal, now = io.StringIO(), [100.0]
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr(evaluation.time, "monotonic", lambda: now[0])
-    progress = evaluation.Progress(3)
+    monkeypatch.setattr(scores.time, "monotonic", lambda: now[0])
+    progress = scores.Progress(3)
     now[0] += 2
     progress.step()
     assert "1 steps in each environment" in terminal.getvalue()
@@ -262,7 +256,7 @@ def test_ctrl_c_keeps_the_games_that_ended(tmp_path: Path, capsys: pytest.Captur
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     assert evaluate(run_dir, "--episodes", 3) == 0
     before = (run_dir / "eval.json").read_bytes()
-    played = evaluation.play_games
+    played = scores.play_games
 
     def interrupted(*args: Any, **kwargs: Any) -> list[float]:
         def raise_signal(score: float) -> None:
@@ -271,7 +265,7 @@ def test_ctrl_c_keeps_the_games_that_ended(tmp_path: Path, capsys: pytest.Captur
         return played(*args[:6], raise_signal)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "play_games", interrupted)
+        patch.setattr(scores, "play_games", interrupted)
         assert evaluate(run_dir, "--episodes", 40) == 130
     partial = json.loads((run_dir / "eval_partial.json").read_text())
     assert 1 <= partial["episodes"] == len(partial["returns"]) < 40
@@ -285,7 +279,7 @@ def test_ctrl_c_before_a_game_has_ended_says_so(tmp_path: Path, capsys: pytest.C
     run_dir = tmp_path / "run"
     assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", run_dir) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "play_games", lambda *args: [])
+        patch.setattr(scores, "play_games", lambda *args: [])
         patch.setattr(Stop, "exit_code", 130)
         assert evaluate(run_dir) == 130
     assert "stopped before a game had ended" in capsys.readouterr().err

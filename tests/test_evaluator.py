@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 from run_helpers import CARTPOLE, refusal, rows, train
 
-from gravitar_dqn import checkpoint, cli, evaluator
-from gravitar_dqn.arguments import EvaluateArguments
-from gravitar_dqn.evaluator import Evaluator
-from gravitar_dqn.run_dir import load_run
-from gravitar_dqn.runs import Evaluation, best_evaluation
-from gravitar_dqn.trained import from_run
-from gravitar_dqn.worker import Worker
+from gravitar_dqn.cli import commands
+from gravitar_dqn.cli.arguments import EvaluateArguments
+from gravitar_dqn.evaluation import evaluator
+from gravitar_dqn.evaluation.background import Worker
+from gravitar_dqn.evaluation.evaluator import Evaluator
+from gravitar_dqn.evaluation.trained_agent import from_run
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import load_run
+from gravitar_dqn.run.status import Evaluation, best_evaluation
 
 
 @pytest.fixture
@@ -192,11 +194,11 @@ def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pyte
     best = max(rows(run / "evaluations.csv"), key=lambda row: row["mean"])
     assert checkpoint.read(checkpoint.best_of(run))["agent"]["clocks"]["global_step"] == best["global_step"]
     words = [str(run), "--episodes", "2"]
-    assert cli.run(cli.evaluate_command, [*words, "--checkpoint", "best"], "evaluate.py") == 0
+    assert commands.run(commands.evaluate_command, [*words, "--checkpoint", "best"], "evaluate.py") == 0
     assert (run / "eval_best.json").exists()
     kept = sorted(checkpoint.folder(run).glob("step_*.pt"))[0]
     for name in (kept, kept.name, kept.stem):
-        assert cli.run(cli.evaluate_command, [*words, "--checkpoint", str(name)], "evaluate.py") == 0
+        assert commands.run(commands.evaluate_command, [*words, "--checkpoint", str(name)], "evaluate.py") == 0
         played = json.loads((run / f"eval_{kept.stem}.json").read_text())
         assert played["frames_trained"] == checkpoint.read(kept)["agent"]["clocks"]["global_step"] < 450
     assert not (run / "eval.json").exists()
@@ -208,7 +210,7 @@ def test_another_runs_checkpoint_is_refused(run_dir: Path, tmp_path: Path, capsy
     shutil.copy(newest, other)
     capsys.readouterr()
     words = [str(run_dir), "--checkpoint", str(other)]
-    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    said = refusal(capsys, commands.run(commands.evaluate_command, words, "evaluate.py"))
     assert said.startswith(f"{run_dir} has no checkpoint {other}: latest, best, or one of those kept, ")
     assert newest.stem in said
 
@@ -216,10 +218,10 @@ def test_another_runs_checkpoint_is_refused(run_dir: Path, tmp_path: Path, capsy
 def test_a_run_without_a_best_checkpoint_says_how_to_get_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     words = [str(run_dir), "--checkpoint", "best"]
-    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    said = refusal(capsys, commands.run(commands.evaluate_command, words, "evaluate.py"))
     assert said == f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains"
     words = ["--pretrained", "gravitar-ram", "--checkpoint", "best"]
-    said = refusal(capsys, cli.run(cli.evaluate_command, words, "evaluate.py"))
+    said = refusal(capsys, commands.run(commands.evaluate_command, words, "evaluate.py"))
     assert said.startswith("--checkpoint best is a run's")
 
 

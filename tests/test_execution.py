@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gravitar_dqn import execution, functional
+from gravitar_dqn import losses
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.benchmark.peers import plain_trunk
 from gravitar_dqn.config import DQNRunConfig, DQNSettings, EnvSettings, RNDSettings
 from gravitar_dqn.encoders import PixelConv2d, conv_trunk, space_to_depth
 from gravitar_dqn.envs import spec_of
-from gravitar_dqn.execution import Graphed, choose_execution, choose_precision
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import DuelingConvQNetwork
+from gravitar_dqn.runtime import execution
+from gravitar_dqn.runtime.execution import Graphed, choose_execution, choose_precision
 
 CONFIG = DQNRunConfig(
     env=EnvSettings(num_envs=4),
@@ -342,7 +343,7 @@ def test_bf16_and_fp32_choose_the_same_actions_and_have_the_same_loss() -> None:
         exact = network(stacks)
         with torch.autocast("cpu", torch.bfloat16):
             fast = network(stacks)
-    losses = [functional.td_loss(q, actions, targets, weights)[0].item() for q in (exact, fast)]
+    losses = [losses.td_loss(q, actions, targets, weights)[0].item() for q in (exact, fast)]
     assert exact.argmax(1).unique().numel() > 3
     assert (exact.argmax(1) == fast.argmax(1)).float().mean() >= 0.99
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

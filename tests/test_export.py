@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from run_helpers import CARTPOLE, rows, train
 
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.export import OURS, export_tensorboard, section_of
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.tools.export import OURS, export_tensorboard, section_of
 
 START = 1_600_000_000.0
 METRICS = "wall_seconds global_step frames return_mean td_loss epsilon int_reward_max".split()
@@ -107,7 +107,7 @@ def test_an_export_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypat
     def fail(values: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gravitar_dqn.export.as_table", fail)
+    monkeypatch.setattr("gravitar_dqn.tools.export.as_table", fail)
     with pytest.raises(KeyboardInterrupt):
         export_tensorboard(run_dir)
     assert {path: path.read_bytes() for path in (run_dir / "tensorboard").iterdir()} == before

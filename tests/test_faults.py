@@ -30,24 +30,16 @@ from faults import injected
 from run_helpers import CARTPOLE, RANDAL_CARTPOLE, ROOT, check_episodes, refusal, rows, script, train
 from test_resume import FOR_EVER, Killable, saved_step, wait_until
 
-from gravitar_dqn import (
-    MLP,
-    RANDAL,
-    PPOConfig,
-    PredictorMLP,
-    RANDALTrainer,
-    RANDALTrainerConfig,
-    checkpoint,
-    cli,
-    training,
-)
+from gravitar_dqn import MLP, RANDAL, PPOConfig, PredictorMLP, RANDALTrainer, RANDALTrainerConfig, training
 from gravitar_dqn.agents.base import BaseAgent
 from gravitar_dqn.agents.dqn import DQNAgent
+from gravitar_dqn.cli import commands
+from gravitar_dqn.config import flatten, to_dict
 from gravitar_dqn.errors import NotFinite, UserError
-from gravitar_dqn.files import written_whole
-from gravitar_dqn.run_dir import how_to_train, lock
-from gravitar_dqn.serialization import flatten, to_dict
-from gravitar_dqn.sweep_plan import as_options
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.files import written_whole
+from gravitar_dqn.run.folder import how_to_train, lock
+from gravitar_dqn.tools.sweep_plan import as_options
 
 pytestmark = pytest.mark.faults
 
@@ -58,7 +50,7 @@ EVERY_STEP = ["--log-seconds", 0]
 def evaluate(run_dir: Path, *more: object) -> int:
     """`evaluate.py` for two games, in this process."""
     words = [str(run_dir), "--episodes", "2", "--device", "cpu", *map(str, more)]
-    return cli.run(cli.evaluate_command, words, "evaluate.py")
+    return commands.run(commands.evaluate_command, words, "evaluate.py")
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -149,8 +141,10 @@ def test_weights_with_nan_of_an_older_version_do_not_play(tmp_path: Path, capsys
         next(iter(state["agent"]["policy"].values())).view(-1)[0] = torch.nan
         torch.save(state, path)
     capsys.readouterr()
-    for command, words in ((cli.evaluate_command, ["--device", "cpu"]), (cli.watch_command, ["--overlay"])):
-        assert "holds NaN or infinity in agent." in refusal(capsys, cli.run(command, [str(run_dir), *words], "x.py"))
+    for command, words in ((commands.evaluate_command, ["--device", "cpu"]), (commands.watch_command, ["--overlay"])):
+        assert "holds NaN or infinity in agent." in refusal(
+            capsys, commands.run(command, [str(run_dir), *words], "x.py")
+        )
     assert "holds NaN or infinity in agent." in refusal(capsys, train("--resume", run_dir, "--total-steps", 90))
 
 
@@ -358,7 +352,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(
         assert evaluate(run_dir) == 0
     else:
         words = [str(run_dir), "--video-dir", str(run_dir.parent)]
-        assert cli.run(cli.watch_command, words, "watch.py") == 0
+        assert commands.run(commands.watch_command, words, "watch.py") == 0
         assert list(run_dir.glob("step_0_seed_*.mp4")), "of the older one"
     err = capsys.readouterr().err
     assert f"warning: {newest} is not a whole checkpoint (" in err
@@ -454,7 +448,7 @@ def test_a_new_run_does_not_begin_in_a_folder_where_another_one_ended_meanwhile(
     """Between the reading of the command and the start."""
     injected("two runs in one folder")
     words = [*CARTPOLE, "--total-steps", 60, "--run-dir", tmp_path / "run"]
-    parsed = cli.parse_train([str(word) for word in words], "train.py")[0].config
+    parsed = commands.parse_train([str(word) for word in words], "train.py")[0].config
     assert train(*words) == 0
     before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=r"exists: --resume .* goes on with it"):
@@ -626,7 +620,7 @@ def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str]
     def broken(argv: Any, prog: str) -> int:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    assert "Broken pipe" in refusal(capsys, cli.run(broken, [], "x.py"))
+    assert "Broken pipe" in refusal(capsys, commands.run(broken, [], "x.py"))
 
 
 # ---------------------------------------------------------------- signals and kills
@@ -832,7 +826,7 @@ LEFT_ALONE |= {"total_episodes", "threads"}  # threads would stay for the tests 
 
 def random_settings(preset: str, rng: random.Random) -> list[str]:
     """One to three settings of a preset with values that may fit or not."""
-    config = cli.parse_train([str(word) for word in SMALL_RUNS[preset]], "train.py")[0].config
+    config = commands.parse_train([str(word) for word in SMALL_RUNS[preset]], "train.py")[0].config
     values = {name: value for name, value in flatten(to_dict(config)).items() if name not in LEFT_ALONE}
     chosen: dict[str, object] = {}
     for name, value in rng.sample(sorted(values.items()), rng.choice([1, 1, 2, 3])):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from gravitar_dqn.logs import TerminalHandler, show_log
+from gravitar_dqn.run.logs import TerminalHandler, show_log
 
 
 @pytest.fixture(autouse=True)

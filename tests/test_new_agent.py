@@ -11,15 +11,15 @@ import tyro
 from run_helpers import rows
 from torch import Tensor, nn
 
-from gravitar_dqn import cli
 from gravitar_dqn.agents import REGISTRY
 from gravitar_dqn.agents.base import AgentEntry, BaseAgent, Insight, Means
 from gravitar_dqn.benchmark.contenders import Ours
 from gravitar_dqn.benchmark.worker import _play_for
 from gravitar_dqn.charts import SCORE, Chart, Layout, Line
+from gravitar_dqn.cli import commands
 from gravitar_dqn.config import EnvSettings, RunConfig, bounded
 from gravitar_dqn.dashboard.board import Board
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.replay import ReplayBuffer
 
@@ -97,7 +97,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def train(*words: object) -> int:
     quiet = "--dashboard off --video-every 0 --log-seconds 0 --device cpu".split()
-    return cli.run(cli.train_command, [*map(str, words), *quiet], "train.py")
+    return commands.run(commands.train_command, [*map(str, words), *quiet], "train.py")
 
 
 def test_it_is_short() -> None:
@@ -116,13 +116,13 @@ def test_it_trains_resumes_and_is_evaluated(capsys: pytest.CaptureFixture[str]) 
     assert rows(Path("run/metrics.csv"))[-1]["global_step"] >= 300
     assert train("--resume", "run", "--agent.learning-rate", 1) == 2
     assert "agent.learning_rate: 0.01 -> 1.0" in capsys.readouterr().err
-    assert cli.run(cli.evaluate_command, ["run", "--episodes", "3", "--device", "cpu"], "evaluate.py") == 0
+    assert commands.run(commands.evaluate_command, ["run", "--episodes", "3", "--device", "cpu"], "evaluate.py") == 0
     assert len(json.loads(Path("run/eval.json").read_text())["returns"]) == 3
 
 
 def test_it_is_watched_with_what_it_sees() -> None:
     assert train("toy", "--total-steps", 20, "--run-dir", "run") == 0
-    assert cli.run(cli.watch_command, ["run", "--overlay"], "watch.py") == 0
+    assert commands.run(commands.watch_command, ["run", "--overlay"], "watch.py") == 0
     assert [path.suffix for path in Path("videos/run").iterdir()] == [".mp4"]
 
 

@@ -10,15 +10,15 @@ import torch
 from ppo_helpers import PICTURE_TASKS, settings
 from run_helpers import CARTPOLE, train
 
-from gravitar_dqn import cli
 from gravitar_dqn.agents.base import Insight
 from gravitar_dqn.agents.ppo import PPOAgent
+from gravitar_dqn.cli import commands
 from gravitar_dqn.config import RunConfig
+from gravitar_dqn.evaluation.overlay import BLUE, LEAST_HEIGHT, ORANGE, PAPER, WIDTH, Overlay, make_look
+from gravitar_dqn.evaluation.trained_agent import Trained
 from gravitar_dqn.networks import DuelingConvQNetwork
-from gravitar_dqn.overlay import BLUE, LEAST_HEIGHT, ORANGE, PAPER, WIDTH, Overlay, make_look
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.rnd import make_rnd
-from gravitar_dqn.trained import Trained
 
 PICTURE = np.zeros((210, 160, 3), dtype=np.uint8)
 STACKS = torch.randint(0, 256, (1, 4, 84, 84), dtype=torch.uint8)
@@ -93,7 +93,7 @@ def test_watch_films_with_the_panel(
     words = CARTPOLE if preset == "cartpole" else "randal-cartpole --dashboard off --video-every 0 --device cpu".split()
     assert train(*words, "--total-steps", "120", "--run-dir", tmp_path / "run") == 0
     argv = [str(tmp_path / "run"), "--overlay", "--video-dir", str(tmp_path / "videos")]
-    assert cli.run(cli.watch_command, argv, "watch.py") == 0
+    assert commands.run(commands.watch_command, argv, "watch.py") == 0
     told = capsys.readouterr().out.splitlines()[-1]
     path = Path(told.split(": score ")[0])
     assert path.name.endswith("_seed_742_overlay.mp4") and path.stat().st_size > 1_000

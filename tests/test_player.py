@@ -17,8 +17,8 @@ import gravitar_dqn
 from gravitar_dqn import load_agent
 from gravitar_dqn.envs import make_envs, spec_of
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.evaluation import Policy, load_policy
-from gravitar_dqn.trained import from_pretrained, names
+from gravitar_dqn.evaluation.acting import Policy, load_policy
+from gravitar_dqn.evaluation.trained_agent import from_pretrained, names
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.figure import Figure
 from run_helpers import CARTPOLE, refusal, train
 
-from gravitar_dqn import cli, plot
+from gravitar_dqn.cli import commands
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.serialization import to_dict
+from gravitar_dqn.tools import plot
 
 PNG = b"\x89PNG"
 
@@ -61,7 +62,7 @@ def table(path: Path, columns: str, rows: list[Any]) -> None:
 
 
 def draw(*words: object) -> int:
-    return cli.run(cli.plot_command, [str(word) for word in words], "plot.py")
+    return commands.run(commands.plot_command, [str(word) for word in words], "plot.py")
 
 
 def labels(figure: Figure) -> list[str]:

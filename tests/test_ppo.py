@@ -18,10 +18,10 @@ from gravitar_dqn.agents.ppo_parts import Rollout
 from gravitar_dqn.config import TaskSettings
 from gravitar_dqn.encoders import NatureCNN, RamMLP
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.execution import choose_precision
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import ActorCritic, PixelControl, PredictorCNN, PredictorMLP, RewardPrediction
 from gravitar_dqn.rnd import RND, make_rnd_networks
+from gravitar_dqn.runtime.execution import choose_precision
 
 
 def values(agent: PPOAgent, *obs: float) -> torch.Tensor:

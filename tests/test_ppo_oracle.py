@@ -28,7 +28,7 @@ from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.agents.ppo_parts import Networks
 from gravitar_dqn.config import PPORNDSettings, PPORunConfig, TaskSettings
 from gravitar_dqn.encoders import NatureCNN
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic
 from gravitar_dqn.rnd import make_rnd_networks
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ppo_helpers import PICTURE_TASKS, VECTOR_TASKS, build, learn, ring_of, settings, task_alone
 from replay_helpers import nbytes
 
-from gravitar_dqn import cli, functional
+from gravitar_dqn import losses
+from gravitar_dqn.cli import commands
 from gravitar_dqn.encoders import MLP
 from gravitar_dqn.loop import play
 from gravitar_dqn.networks import ActorCritic
@@ -24,7 +25,7 @@ def test_the_intrinsic_value_has_a_head_of_its_own() -> None:
         _, value_ext, value_int = network(torch.randn(4, 3))
         value = value_int if head is network.value_int else value_ext
         network.zero_grad()
-        functional.value_loss(value, torch.ones(4), torch.ones(4)).backward()
+        losses.value_loss(value, torch.ones(4), torch.ones(4)).backward()
         assert head[0].weight.grad is not None and head[0].weight.grad.abs().sum() > 0
         assert other[0].weight.grad is None, "the fault: one head learns both returns"
 
@@ -42,7 +43,7 @@ def test_coefficients_weight_advantages_and_not_value_losses() -> None:
     adv_ext = rollout.returns_ext.view(16, 8) - rollout.values_ext[:-1]
     adv_int = rollout.returns_int.view(16, 8) - rollout.values_int[:-1]
     never = torch.zeros(16, 8, dtype=torch.bool)
-    weighed = functional.gae(0.25 * bonuses[0], rollout.values_int, config.rnd.gamma, 0.95, never, never)
+    weighed = losses.gae(0.25 * bonuses[0], rollout.values_int, config.rnd.gamma, 0.95, never, never)
     torch.testing.assert_close(adv_int, weighed)
     torch.testing.assert_close(rollout.advantages.view(16, 8), 4.0 * adv_ext + adv_int)
     assert adv_ext.abs().max() > 0.1 and bonuses[0].abs().max() > 0.1
@@ -64,8 +65,8 @@ def test_no_games_end_cuts_the_intrinsic_returns() -> None:
     ends = agent.replay.terminations.view(-1)[agent.rollout.indices[:-1]]
     assert ends.any()
     never = torch.zeros_like(ends)
-    ours = functional.gae(bonus, values, 0.99, 0.95, never, never)
-    cut = functional.gae(bonus, values, 0.99, 0.95, ends, ends)
+    ours = losses.gae(bonus, values, 0.99, 0.95, never, never)
+    cut = losses.gae(bonus, values, 0.99, 0.95, ends, ends)
     assert (ours[0] > 4 * cut[0]).all(), "uncut sums grow with the rollout"
     # What the agent holds is the uncut form, of its own bonuses.
     agent.rnd.rollout_rewards = lambda _: bonus
@@ -108,7 +109,7 @@ def test_every_row_trains_the_predictor_and_an_empty_mask_is_no_nan() -> None:
 
 def test_value_replay_compares_equal_shapes() -> None:
     values, targets = torch.tensor([0.0, 10.0]), torch.tensor([0.0, 10.0])
-    assert functional.value_loss(values, targets, torch.ones(2)).item() == 0.0
+    assert losses.value_loss(values, targets, torch.ones(2)).item() == 0.0
     assert F.mse_loss(values.unsqueeze(1).expand(2, 2), targets.expand(2, 2)).item() == 50.0, "the fault: broadcast"
     agent = learn(settings(VECTOR_TASKS), probes.ObservedReward, 5 + 17)
     seen = []
@@ -121,7 +122,7 @@ def test_value_replay_compares_equal_shapes() -> None:
 def test_one_lit_block_lights_one_cell() -> None:
     frames = torch.zeros(1, 2, 84, 84)
     frames[0, 1, 8:12, 16:20] = 1.0
-    changes = functional.pixel_changes(frames)[0, 0]
+    changes = losses.pixel_changes(frames)[0, 0]
     assert changes[2, 4].item() == 1.0 and changes.sum().item() == 1.0
     reshaped = (frames[:, 1] - frames[:, 0]).abs().reshape(-1, 4, 4, 21, 21).mean(dim=(1, 2))
     assert (reshaped > 0).sum() > 1, "the fault: pixels from all over"
@@ -130,7 +131,7 @@ def test_one_lit_block_lights_one_cell() -> None:
 def test_the_pixel_return_has_the_last_reward_and_each_steps_own_end() -> None:
     rewards = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]).view(2, 3, 1, 1)
     best = torch.full((2, 3, 1, 1), 10.0)
-    ours = functional.window_returns(rewards, best, torch.tensor([3, 2]), torch.tensor([False, True]), 0.5)
+    ours = losses.window_returns(rewards, best, torch.tensor([3, 2]), torch.tensor([False, True]), 0.5)
     assert ours[0].flatten().tolist() == [1 + 0.5 * (2 + 0.5 * (4 + 5.0)), 2 + 0.5 * (4 + 5.0), 4 + 5.0]
     assert ours[1, :2].flatten().tolist() == [1 + 0.5 * 2, 2.0]  # dead after the second step
     dropped = 1 + 0.5 * (2 + 0.5 * 10.0)  # the fault: bootstraps in place of the last reward
@@ -177,19 +178,17 @@ def test_the_predicted_reward_is_the_sampled_pairs_own() -> None:
     ring = ring_of(frames, np.zeros((steps, num_envs), dtype=np.int64), rewards, stack=1, n_step=2)
     indices, found = ring.sample_where(ring.rewards != 0, 200, torch.Generator().manual_seed(0))
     assert bool(found)
-    labels = functional.reward_classes(ring.rewards.view(-1)[indices])
+    labels = losses.reward_classes(ring.rewards.view(-1)[indices])
     seen = ring.stacks(indices)[:, 0]
-    assert torch.equal(labels, functional.reward_classes(seen)) and (labels > 0).all()
+    assert torch.equal(labels, losses.reward_classes(seen)) and (labels > 0).all()
     assert set(ring.stacks(indices)[:, 1].tolist()) == {0.0, 1.0, 2.0, 3.0}, "every environment is drawn from"
     # As the loss sees it: a head that reads the label off its own frame has no error.
     tasks = task_alone("reward_prediction", ring, ActorCritic(MLP, (2,), 2))
     tasks.policy.trunk.forward = lambda obs: obs
-    tasks.heads["reward_prediction"].forward = lambda obs: (
-        50 * F.one_hot(functional.reward_classes(obs[:, 0]), 3).float()
-    )
+    tasks.heads["reward_prediction"].forward = lambda obs: 50 * F.one_hot(losses.reward_classes(obs[:, 0]), 3).float()
     assert tasks.reward_prediction_loss().item() == pytest.approx(0.0, abs=1e-6)
     neighbours = ring.rewards.view(-1)[(indices + 1) % ring.rewards.numel()]
-    assert not torch.equal(labels, functional.reward_classes(neighbours)), "the fault: another environment's"
+    assert not torch.equal(labels, losses.reward_classes(neighbours)), "the fault: another environment's"
 
 
 def test_certain_predictions_have_a_finite_loss() -> None:
@@ -205,8 +204,8 @@ def test_certain_predictions_have_a_finite_loss() -> None:
 def test_a_time_out_bootstraps() -> None:
     value = torch.tensor([[0.0], [2.0]])
     reward, yes, no = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
-    assert functional.gae(reward, value, 0.5, 0.95, no, yes).item() == 2.0
-    assert functional.gae(reward, value, 0.5, 0.95, yes, yes).item() == 1.0, "the fault"
+    assert losses.gae(reward, value, 0.5, 0.95, no, yes).item() == 2.0
+    assert losses.gae(reward, value, 0.5, 0.95, yes, yes).item() == 1.0, "the fault"
     agent = learn(settings(VECTOR_TASKS), probes.TimeLimit, 500)  # every step ends in a time-out: 1 / (1 - 0.5)
     value_ext = agent.policy(torch.zeros(1, 1))[1].item()
     assert value_ext == pytest.approx(2.0, abs=0.25)
@@ -240,5 +239,5 @@ def test_a_checkpoint_holds_every_statistic() -> None:
 def test_it_can_be_built_for_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "randal-cartpole --rnd.init-steps 10 --total-steps 2000 --device cpu --dashboard off --video-every 0"
     argv = [*words.split(), "--run-dir", str(tmp_path / "run")]
-    assert cli.run(cli.train_command, argv, "train.py") == 0
+    assert commands.run(commands.train_command, argv, "train.py") == 0
     assert "done: 20" in capsys.readouterr().err

@@ -14,26 +14,17 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from run_helpers import rows
 
 import gravitar_dqn
-from gravitar_dqn import (
-    GAE,
-    MLP,
-    RANDAL,
-    NatureCNN,
-    PPOConfig,
-    PredictorCNN,
-    PredictorMLP,
-    RANDALTrainer,
-    checkpoint,
-)
+from gravitar_dqn import GAE, MLP, RANDAL, NatureCNN, PPOConfig, PredictorCNN, PredictorMLP, RANDALTrainer
 from gravitar_dqn import RANDALTrainerConfig as TrainerConfig
-from gravitar_dqn.agents.randal_trainer import Every
 from gravitar_dqn.config import EnvSettings
 from gravitar_dqn.envs import config_of, make_envs
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.evaluation import play_games
+from gravitar_dqn.evaluation.acting import play_games
 from gravitar_dqn.networks import ActorCritic
-from gravitar_dqn.processes import Stop
-from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.randal.trainer import Every
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import load_run
+from gravitar_dqn.runtime.processes import Stop
 
 
 def vector_agent(**options: Any) -> RANDAL:

@@ -19,15 +19,17 @@ from faults import injected
 from probes import spec_of_shape
 from run_helpers import CARTPOLE, ROOT, train
 
-from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn import training
+from gravitar_dqn.cli import commands
 from gravitar_dqn.config import DQNRunConfig
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.logs import show_log
+from gravitar_dqn.evaluation.video import Recorder, mp4_writer, record_game
 from gravitar_dqn.loop import Episode
 from gravitar_dqn.networks import DuelingConvQNetwork, QNetwork, make_q_network
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.recording import Recorder, mp4_writer, record_game
-from gravitar_dqn.telemetry import Console
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.logs import show_log
+from gravitar_dqn.run.telemetry import Console
 
 CARTPOLE_CONFIG = PRESETS["cartpole"]
 PATIENCE = 300.0  # seconds; films get only processor time that nobody else wants
@@ -172,7 +174,7 @@ def test_watch_says_so_when_there_is_no_ffmpeg(
     capsys.readouterr()
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "no-ffmpeg"))
     words = [str(tmp_path / "run"), "--video-dir", str(tmp_path / "videos")]
-    assert cli.run(cli.watch_command, words, "watch.py") == 2
+    assert commands.run(commands.watch_command, words, "watch.py") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: no video: ") and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.mp4"))
@@ -182,7 +184,7 @@ def test_watch_films_as_many_games_as_it_is_told(tmp_path: Path, capsys: pytest.
     train(*CARTPOLE, "--total-steps", 60, "--run-dir", tmp_path / "run")
     capsys.readouterr()
     words = [str(tmp_path / "run"), "--episodes", "2", "--epsilon", "1", "--video-dir", str(tmp_path / "videos")]
-    assert cli.run(cli.watch_command, words, "watch.py") == 0
+    assert commands.run(commands.watch_command, words, "watch.py") == 0
     home = tmp_path / "videos" / "run"
     assert everything(home) == ["step_60_seed_742.mp4", "step_60_seed_743.mp4"]
     lines = capsys.readouterr().out.splitlines()
@@ -200,7 +202,7 @@ def test_watch_plays_a_run_of_the_version_before_and_shows_what_its_policy_says(
     torch.save({**state, "format": 2}, tmp_path / "old.pt")
     (tmp_path / "old.pt").replace(path)
     words = [str(tmp_path / "run"), "--epsilon", "1", "--overlay", "--video-dir", str(tmp_path / "videos")]
-    assert cli.run(cli.watch_command, words, "watch.py") == 0
+    assert commands.run(commands.watch_command, words, "watch.py") == 0
     assert everything(tmp_path / "videos" / "run") == ["step_60_seed_742_overlay.mp4"]
 
 

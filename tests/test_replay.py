@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from replay_helpers import check_valid, nbytes
 
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.memory import bytes_per_transition, check_buffer_fits
 from gravitar_dqn.replay import ReplayBuffer
+from gravitar_dqn.runtime.memory import bytes_per_transition, check_buffer_fits
 
 FRAME = (2, 2)
 

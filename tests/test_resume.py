@@ -25,14 +25,16 @@ from replay_helpers import check_valid
 from run_helpers import CARTPOLE, GRAVITAR, RANDAL, RANDAL_CARTPOLE, check_episodes, refusal, rows, script, train
 from tqdm import tqdm
 
-from gravitar_dqn import checkpoint, cli, training
+from gravitar_dqn import training
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.agents.ppo import PPOAgent
+from gravitar_dqn.cli import commands
 from gravitar_dqn.config import EnvSettings, PPORNDSettings, RNDSettings
 from gravitar_dqn.envs import spec_of
 from gravitar_dqn.loop import play
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.run_dir import load_run, lock
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import load_run, lock
 
 FOR_EVER = ["--total-steps", 10**9]
 
@@ -183,7 +185,10 @@ def test_a_run_of_the_version_before_goes_on(tmp_path: Path, capsys: pytest.Capt
         torch.save({**old, "format": 2}, tmp_path / "old.pt")
         (tmp_path / "old.pt").replace(path)
         if old is state:
-            assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "2", "--device", "cpu"], "x.py") == 0
+            assert (
+                commands.run(commands.evaluate_command, [str(run_dir), "--episodes", "2", "--device", "cpu"], "x.py")
+                == 0
+            )
             assert train("--resume", run_dir, "--total-steps", 101) == 0
             path = (checkpoint.folder(run_dir) / "latest").resolve()
     capsys.readouterr()
@@ -209,7 +214,10 @@ def test_a_run_from_before_a_setting_was_there_is_played_but_does_not_go_on(
     capsys.readouterr()
     said = refusal(capsys, train("--resume", run_dir, "--total-steps", 120))
     assert said == f"{run_dir} was started by a version without agent.n_step: it can be played, but not go on"
-    assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "1", "--device", "cpu"], "evaluate.py") == 0
+    assert (
+        commands.run(commands.evaluate_command, [str(run_dir), "--episodes", "1", "--device", "cpu"], "evaluate.py")
+        == 0
+    )
 
 
 def test_a_resumed_buffer_holds_what_was_stored(tmp_path: Path) -> None:
@@ -350,7 +358,10 @@ def test_randal_resumes_evaluates_and_keeps_its_columns(tmp_path: Path) -> None:
     told = rows(run_dir / "metrics.csv")
     assert set(told[-1]) >= {"policy_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance_int"}
     assert told[-1]["global_step"] == 400
-    assert cli.run(cli.evaluate_command, [str(run_dir), "--episodes", "3", "--device", "cpu"], "evaluate.py") == 0
+    assert (
+        commands.run(commands.evaluate_command, [str(run_dir), "--episodes", "3", "--device", "cpu"], "evaluate.py")
+        == 0
+    )
     assert (run_dir / "eval.json").exists()
 
 

@@ -12,9 +12,9 @@ import pytest
 from visdom_helpers import METRICS, metrics_row, saved_at, write_run
 
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.files import last_row
-from gravitar_dqn.run_dir import is_held, lock
-from gravitar_dqn.runs import Evaluation, best_evaluation, find, find_one, runs_in, standing, table
+from gravitar_dqn.run.files import last_row
+from gravitar_dqn.run.folder import is_held, lock
+from gravitar_dqn.run.status import Evaluation, best_evaluation, find, find_one, runs_in, standing, table
 
 
 def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ import pytest
 import torch
 from run_helpers import refusal, rows, script
 
-from gravitar_dqn import checkpoint, cli, sweep, sweep_plan
-from gravitar_dqn import processes as process_module
+from gravitar_dqn.cli import commands
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run import checkpoint
+from gravitar_dqn.run.folder import lock
+from gravitar_dqn.runtime import processes as process_module
+from gravitar_dqn.tools import sweep, sweep_plan
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
 
@@ -33,7 +35,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*words: object) -> int:
     """`sweep.py` with these arguments, in this process; its exit code."""
-    return cli.run(cli.sweep_command, [str(word) for word in words], "sweep.py")
+    return commands.run(commands.sweep_command, [str(word) for word in words], "sweep.py")
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -42,8 +44,8 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def jobs(*words: str) -> list[sweep_plan.Job]:
-    options = cli.parse(sweep_plan.SweepConfig, words, "sweep.py", "")
-    return sweep_plan.plan(options, 3, lambda arguments: cli.parse_train(arguments, "train.py")[0].config)
+    options = commands.parse(sweep_plan.SweepConfig, words, "sweep.py", "")
+    return sweep_plan.plan(options, 3, lambda arguments: commands.parse_train(arguments, "train.py")[0].config)
 
 
 class Processes:
@@ -106,7 +108,7 @@ def test_a_sweep_runs_every_preset_and_variant_with_every_seed() -> None:
         assert (config.dashboard, config.video_every, config.keep_checkpoints) == ("off", 0, 2)
     assert [job.config.seed for job in found] == [1] * 6 + [5] * 6
     for job in found:
-        assert cli.parse_train(job.arguments, "train.py")[0].config == job.config
+        assert commands.parse_train(job.arguments, "train.py")[0].config == job.config
     assert found[2].run_dir == Path("runs/sweeps/cartpole_gravitar/cartpole__agent.gamma=0.9_agent.double-q=False__1")
     assert len({job.run_dir for job in found}) == len(found)
 

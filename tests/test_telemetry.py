@@ -14,10 +14,11 @@ from run_helpers import rows
 
 from gravitar_dqn.config import DQNRunConfig
 from gravitar_dqn.errors import NotFinite, NotSaved
-from gravitar_dqn.logs import show_log
 from gravitar_dqn.loop import Episode
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.telemetry import METRICS, Console, CsvLog, Tracker
+from gravitar_dqn.run.csv_log import CsvLog
+from gravitar_dqn.run.logs import show_log
+from gravitar_dqn.run.telemetry import METRICS, Console, Tracker
 
 COLUMNS = ["global_step", "score"]
 

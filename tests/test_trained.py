@@ -9,11 +9,12 @@ import torch
 from run_helpers import CARTPOLE, refusal, train
 from safetensors.torch import save_file
 
-from gravitar_dqn import cli, trained
+from gravitar_dqn.cli import commands
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.evaluation import load_policy
+from gravitar_dqn.evaluation import trained_agent
+from gravitar_dqn.evaluation.acting import load_policy
 from gravitar_dqn.presets import PRESETS
-from gravitar_dqn.serialization import to_dict
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_that_ship_are_the_runs_rounded_to_float16(run_dir: Path, tmp_path: Path) -> None:
-    ours = trained.from_run(run_dir)
-    trained.write(ours, tmp_path / "small.safetensors")
-    shipped = trained.read(tmp_path / "small.safetensors")
+    ours = trained_agent.from_run(run_dir)
+    trained_agent.write(ours, tmp_path / "small.safetensors")
+    shipped = trained_agent.read(tmp_path / "small.safetensors")
     assert (shipped.config, shipped.global_step, shipped.name) == (ours.config, ours.global_step, "small")
     assert shipped.state is None and ours.state is not None
     assert shipped.weights.keys() == ours.weights.keys()
@@ -35,7 +36,7 @@ def test_weights_that_ship_are_the_runs_rounded_to_float16(run_dir: Path, tmp_pa
         torch.testing.assert_close(shipped.weights[name], value.half().float(), rtol=0, atol=0)
     load_policy(shipped.config, shipped.weights)
     first = (tmp_path / "small.safetensors").read_bytes()
-    trained.write(ours, tmp_path / "small.safetensors")
+    trained_agent.write(ours, tmp_path / "small.safetensors")
     assert (tmp_path / "small.safetensors").read_bytes() == first
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
 
@@ -45,7 +46,7 @@ def test_settings_that_are_newer_than_the_weights_are_as_in_the_preset(tmp_path:
     del config["total_steps"], config["agent"]["n_step"], config["rnd"]
     header = json.dumps({"config": config, "global_step": 7})
     save_file({"x": torch.zeros(1)}, tmp_path / "old.safetensors", metadata={"trained": header})
-    assert trained.read(tmp_path / "old.safetensors").config == replace(PRESETS["cartpole"], seed=5)
+    assert trained_agent.read(tmp_path / "old.safetensors").config == replace(PRESETS["cartpole"], seed=5)
 
 
 @pytest.mark.parametrize("spoil", ["cut", "no header", "no file"])
@@ -56,46 +57,46 @@ def test_what_holds_no_agent_is_refused(spoil: str, tmp_path: Path) -> None:
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"x\.safetensors does not hold a trained agent: "):
-        trained.read(path)
+        trained_agent.read(path)
 
 
 def test_an_unknown_name_is_answered_with_those_there_are(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trained, "PRETRAINED", tmp_path)
-    assert cli.run(cli.evaluate_command, ["--pretrained", "small"], "x.py") == 2
+    monkeypatch.setattr(trained_agent, "PRETRAINED", tmp_path)
+    assert commands.run(commands.evaluate_command, ["--pretrained", "small"], "x.py") == 2
     assert capsys.readouterr().err == "error: no pretrained agent 'small': there are none yet\n"
-    assert trained.main([str(run_dir), "small"]) == 0
-    assert cli.run(cli.evaluate_command, ["--pretrained", "smal"], "x.py") == 2
+    assert trained_agent.main([str(run_dir), "small"]) == 0
+    assert commands.run(commands.evaluate_command, ["--pretrained", "smal"], "x.py") == 2
     assert capsys.readouterr().err == "error: no pretrained agent 'smal': did you mean small? there are small\n"
-    assert trained.main([str(run_dir)]) == 2 and trained.main(["nowhere", "small"]) == 2
+    assert trained_agent.main([str(run_dir)]) == 2 and trained_agent.main(["nowhere", "small"]) == 2
 
 
 def test_a_pretrained_agent_is_evaluated_and_filmed(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trained, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(trained_agent, "PRETRAINED", tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
-    assert trained.main([str(run_dir), "small"]) == 0
-    assert cli.run(cli.evaluate_command, ["--pretrained", "small", "--episodes", "4"], "x.py") == 0
+    assert trained_agent.main([str(run_dir), "small"]) == 0
+    assert commands.run(commands.evaluate_command, ["--pretrained", "small", "--episodes", "4"], "x.py") == 0
     assert "games                4" in capsys.readouterr().out
-    assert cli.run(cli.watch_command, ["--pretrained", "small", "--overlay"], "x.py") == 0
+    assert commands.run(commands.watch_command, ["--pretrained", "small", "--overlay"], "x.py") == 0
     assert (tmp_path / "videos" / "small" / "step_600_seed_742_overlay.mp4").exists()
-    monkeypatch.setattr(cli, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(commands, "PRETRAINED", tmp_path / "pretrained")
     for words, told in (
         (["small"], "small is no run's folder, but weights of that name ship: x.py --pretrained small"),
         (["--pretrained", "small", "--episode", "4"], "unknown option '--episode': did you mean --episodes?"),
         (["--pretrained", "small", "--overley"], "unknown option '--overley'"),
     ):
         capsys.readouterr()
-        assert told in refusal(capsys, cli.run(cli.watch_command, words, "x.py"))
+        assert told in refusal(capsys, commands.run(commands.watch_command, words, "x.py"))
 
 
-@pytest.mark.parametrize("name", trained.names() or ["none"])
+@pytest.mark.parametrize("name", trained_agent.names() or ["none"])
 def test_what_ships_can_be_played(name: str) -> None:
     if name == "none":
         pytest.skip("nothing ships yet")
-    agent = trained.from_pretrained(name)
+    agent = trained_agent.from_pretrained(name)
     network = load_policy(agent.config, agent.weights)
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
-    assert sum(path.stat().st_size for path in trained.PRETRAINED.iterdir()) < 15e6
+    assert sum(path.stat().st_size for path in trained_agent.PRETRAINED.iterdir()) < 15e6

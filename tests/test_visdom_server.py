@@ -21,7 +21,7 @@ import pytest
 from faults import injected
 from visdom_helpers import ROOT, Server, environ, free_port, pretend_prepared, wait_until
 
-from gravitar_dqn import cli
+from gravitar_dqn.cli import commands
 from gravitar_dqn.dashboard import visdom_files, visdom_server
 from gravitar_dqn.dashboard.visdom_files import browser_files, prepared_files
 from gravitar_dqn.dashboard.visdom_server import find_or_start_server, probe, stop_server
@@ -30,7 +30,7 @@ from gravitar_dqn.errors import UserError
 
 def dashboard(words: list[str]) -> int:
     """`dashboard.py` with these arguments, in this process; its exit code."""
-    return cli.run(cli.dashboard_command, words, "dashboard.py")
+    return commands.run(commands.dashboard_command, words, "dashboard.py")
 
 
 # Stands in for npm: packs every package it is asked for with one file, dist/a.js.

@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gravitar_dqn.config import to_dict
 from gravitar_dqn.dashboard import visdom_files, visdom_server
 from gravitar_dqn.presets import get_preset
-from gravitar_dqn.serialization import to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = (

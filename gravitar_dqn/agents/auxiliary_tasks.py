@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gravitar_dqn import distributed, functional
+from gravitar_dqn import losses
 from gravitar_dqn.config import PPORunConfig, TaskSettings
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import ActorCritic, PixelControl, RewardPrediction
 from gravitar_dqn.replay import ReplayBuffer, Windows
+from gravitar_dqn.runtime import distributed
 
 TASKS = ("pixel_control", "reward_prediction", "value_replay")
 
@@ -88,7 +89,7 @@ class AuxiliaryTasks(nn.Module):
 
     def norm_obs(self, obs: Tensor) -> Tensor:
         """Frames scaled to [0, 1] by the darkest and the brightest pixel seen."""
-        return functional.scale_between(obs, self.pixel_range)
+        return losses.scale_between(obs, self.pixel_range)
 
     def losses(self) -> dict[str, Tensor]:
         """Of every task with a weight, each on samples of its own."""
@@ -108,14 +109,14 @@ class AuxiliaryTasks(nn.Module):
         """What every step of windows changed in each cell of 4x4 pixels, (W, n, 21, 21)."""
         frames = self.replay.frames[windows.indices]  # (W, n + 1, 84, 84)
         scaled = self.norm_obs(frames) if self.config.tasks.scale_pixels else frames.float() / 255
-        return functional.pixel_changes(scaled)
+        return losses.pixel_changes(scaled)
 
     def pixel_control_loss(self) -> Tensor:
         """Q-learning of the pixel changes in every cell, over n steps."""
         windows, features = self._windows()
         q_values = self.heads["pixel_control"](features)
         q_values = q_values.view(*windows.indices.shape, *q_values.shape[1:])  # (W, n + 1, A, 21, 21)
-        targets = functional.window_returns(
+        targets = losses.window_returns(
             self.pixel_rewards(windows),
             q_values.detach().amax(dim=2)[:, 1:],
             windows.steps,
@@ -124,7 +125,7 @@ class AuxiliaryTasks(nn.Module):
         )
         actions = self.replay.actions.view(-1)[windows.indices[:, :-1]].long()
         inside = windows.inside.float().view(-1)
-        loss = functional.pixel_control_loss(
+        loss = losses.pixel_control_loss(
             q_values[:, :-1].flatten(0, 1), actions.view(-1), targets.flatten(0, 1), inside
         )
         return distributed.weighted(loss, inside)
@@ -135,10 +136,10 @@ class AuxiliaryTasks(nn.Module):
         _, values, _ = self.policy.heads(features)
         values = values.view(windows.indices.shape)  # (W, n + 1)
         settings = self.config.agent
-        rewards = functional.learned_rewards(
+        rewards = losses.learned_rewards(
             self.replay.rewards.view(-1)[windows.indices[:, :-1]], settings.clip_rewards, settings.reward_scale
         )
-        targets = functional.window_returns(
+        targets = losses.window_returns(
             rewards,
             values.detach()[:, 1:],
             windows.steps,
@@ -147,7 +148,7 @@ class AuxiliaryTasks(nn.Module):
             settings.gae_lambda if self.config.tasks.returns == "gae" else 1.0,
         )
         inside = windows.inside.float().view(-1)
-        loss = 2 * functional.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
+        loss = 2 * losses.value_loss(values[:, :-1].reshape(-1), targets.view(-1), inside)
         return distributed.weighted(loss, inside)
 
     def reward_prediction_loss(self) -> Tensor:
@@ -159,6 +160,6 @@ class AuxiliaryTasks(nn.Module):
         # At first nothing may have been rewarded.
         there = torch.cat([found.expand(half) for _, found in picks]).float()
         logits = self.heads["reward_prediction"](self.policy.trunk(self.replay.stacks(indices)))
-        labels = functional.reward_classes(self.replay.rewards.view(-1)[indices])
-        loss = functional.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there)
+        labels = losses.reward_classes(self.replay.rewards.view(-1)[indices])
+        loss = losses.masked_mean(F.cross_entropy(logits, labels, reduction="none"), there)
         return distributed.weighted(loss, there)

@@ -12,12 +12,13 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import distributed, functional
+from gravitar_dqn import losses
 from gravitar_dqn.charts import Layout
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.execution import Graphed, choose_execution, choose_precision, restore_generator
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.replay import Bools, ReplayBuffer
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import Graphed, choose_execution, choose_precision, restore_generator
 
 Array = npt.NDArray[Any]
 
@@ -171,7 +172,7 @@ class BaseAgent:
     def _scheduled_learning_rate(self, settings: Any) -> float:
         """What settings with a learning_rate, its _end and its _decay say of this step."""
         start, end, decay = settings.learning_rate, settings.learning_rate_end, settings.learning_rate_decay
-        return float(functional.linear_schedule(start, end, decay, self.global_step))
+        return float(losses.linear_schedule(start, end, decay, self.global_step))
 
     def _prepared(self, *functions: Callable[[], None]) -> list[Callable[[], None]]:
         """The functions as they run: captured in CUDA graphs, or as they are."""

@@ -10,7 +10,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import distributed, functional
+from gravitar_dqn import losses
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Insight, Look, Means, Stateful
 from gravitar_dqn.charts import (
     BUFFER,
@@ -32,12 +32,13 @@ from gravitar_dqn.charts import (
     without,
 )
 from gravitar_dqn.config import DQNRunConfig
-from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.execution import prepare_optimizer, set_learning_rate
-from gravitar_dqn.memory import check_buffer_fits
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import make_q_network
 from gravitar_dqn.replay import Batch, Bools, ReplayBuffer
 from gravitar_dqn.rnd import make_rnd
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import prepare_optimizer, set_learning_rate
+from gravitar_dqn.runtime.memory import check_buffer_fits
 
 
 class DQNAgent(BaseAgent):
@@ -88,7 +89,7 @@ class DQNAgent(BaseAgent):
         self._bonus = torch.zeros(num_envs, device=device)
         # Every environment's last epsilon, on the host for the console; a copy of this rank's on the device acts.
         all_envs = num_envs * distributed.size()
-        self._epsilon_ends = functional.epsilon_ladder(settings.epsilon_end, all_envs, settings.epsilon_ladder)
+        self._epsilon_ends = losses.epsilon_ladder(settings.epsilon_end, all_envs, settings.epsilon_ladder)
         self._epsilon_ends_here = distributed.own_part(self._epsilon_ends).to(device)
         self._next_train = settings.train_frequency  # clock of the next round of gradient steps
         self._next_sync = settings.target_network_frequency
@@ -105,7 +106,7 @@ class DQNAgent(BaseAgent):
 
     def _schedule(self, ends: Tensor) -> Tensor:
         settings = self.config.agent
-        return functional.linear_schedule(settings.epsilon_start, ends, settings.epsilon_decay, self.clock)
+        return losses.linear_schedule(settings.epsilon_start, ends, settings.epsilon_decay, self.clock)
 
     @property
     def policy(self) -> nn.Module:
@@ -134,7 +135,7 @@ class DQNAgent(BaseAgent):
     def _select_actions(self) -> None:
         with self._autocast:
             q_values = self.policy(self._obs)
-        self._actions.copy_(functional.epsilon_greedy(q_values, self._epsilons, self.generator))
+        self._actions.copy_(losses.epsilon_greedy(q_values, self._epsilons, self.generator))
 
     def observe(
         self, actions: Tensor, rewards: Array, terminations: Bools, truncations: Bools, next_obs: Array, played: Bools
@@ -243,10 +244,8 @@ class DQNAgent(BaseAgent):
         targets = self._targets(batch)
         weights = torch.ones_like(targets)
         if settings.priority_exponent > 0:
-            weights = functional.importance_weights(
-                batch.probabilities, settings.importance_exponent, distributed.largest
-            )
-        loss, td_errors = functional.td_loss(q_values, batch.actions, targets, weights)
+            weights = losses.importance_weights(batch.probabilities, settings.importance_exponent, distributed.largest)
+        loss, td_errors = losses.td_loss(q_values, batch.actions, targets, weights)
         return loss, td_errors, q_values.detach().mean()
 
     @torch.no_grad()
@@ -256,11 +255,11 @@ class DQNAgent(BaseAgent):
         rewards = settings.reward_scale * batch.rewards
         if self.rnd is not None:
             rewards = rewards + self.config.rnd.coef * self.rnd.learning_rewards(batch.int_rewards)
-        returns = functional.n_step_returns(rewards, settings.gamma)
+        returns = losses.n_step_returns(rewards, settings.gamma)
         next_q = self.target_network(batch.next_obs)
         next_q_online = self.q_network(batch.next_obs) if settings.double_q else None
         terminated = batch.terminated | batch.truncated if settings.time_limit_is_terminal else batch.terminated
-        return functional.td_targets(returns, batch.steps, terminated, next_q, settings.gamma, next_q_online)
+        return losses.td_targets(returns, batch.steps, terminated, next_q, settings.gamma, next_q_online)
 
     # ---------------------------------------------------------------- metrics and state
 

@@ -13,7 +13,7 @@ import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
-from gravitar_dqn import distributed, functional
+from gravitar_dqn import losses
 from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
 from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Means, Stateful
 from gravitar_dqn.agents.ppo_parts import (
@@ -27,11 +27,12 @@ from gravitar_dqn.agents.ppo_parts import (
 )
 from gravitar_dqn.agents.ppo_views import METRICS, charts, make_look
 from gravitar_dqn.config import PPORunConfig
-from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.execution import prepare_optimizer, set_learning_rate
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
 from gravitar_dqn.replay import Bools, ReplayBuffer
 from gravitar_dqn.rnd import RND, TRAINED_ENVS
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import prepare_optimizer, set_learning_rate
 
 
 class PPOAgent(BaseAgent):
@@ -147,8 +148,8 @@ class PPOAgent(BaseAgent):
     def _select_actions(self) -> None:
         with self._autocast:
             logits, value_ext, value_int = self.policy(self._obs)
-        self._actions.copy_(functional.gumbel_scores(logits, self.generator).argmax(dim=1))
-        self._log_probs.copy_(functional.log_probs(logits, self._actions))
+        self._actions.copy_(losses.gumbel_scores(logits, self.generator).argmax(dim=1))
+        self._log_probs.copy_(losses.log_probs(logits, self._actions))
         self._value_ext.copy_(value_ext)
         self._value_int.copy_(value_int)
 
@@ -195,17 +196,15 @@ class PPOAgent(BaseAgent):
             _, value_ext, value_int = self.policy(replay.stacks(rollout.indices[-1]))
         rollout.values_ext[-1], rollout.values_int[-1] = value_ext, value_int
         before = rollout.indices[:-1]
-        rewards = functional.learned_rewards(
-            replay.rewards.view(-1)[before], settings.clip_rewards, settings.reward_scale
-        )
+        rewards = losses.learned_rewards(replay.rewards.view(-1)[before], settings.clip_rewards, settings.reward_scale)
         terminations = replay.terminations.view(-1)[before]
         dones = terminations | replay.truncations.view(-1)[before]
         rollout.valid.copy_(replay.valid.view(-1)[before].view(-1))
-        adv_ext = functional.gae(rewards, rollout.values_ext, settings.gamma, settings.gae_lambda, terminations, dones)
+        adv_ext = losses.gae(rewards, rollout.values_ext, settings.gamma, settings.gae_lambda, terminations, dones)
         advantages = settings.ext_coef * adv_ext
         rollout.returns_ext.copy_((adv_ext + rollout.values_ext[:-1]).view(-1))
         means = {
-            "explained_variance_ext": functional.explained_variance(
+            "explained_variance_ext": losses.explained_variance(
                 rollout.values_ext[:-1].reshape(-1), rollout.returns_ext, rollout.valid
             )
         }
@@ -216,22 +215,20 @@ class PPOAgent(BaseAgent):
             int_rewards = config.rnd.coef * bonus
             # No game's end cuts the intrinsic stream: what is new stays so in the next game.
             never = torch.zeros_like(dones)
-            adv_int = functional.gae(
-                int_rewards, rollout.values_int, config.rnd.gamma, settings.gae_lambda, never, never
-            )
+            adv_int = losses.gae(int_rewards, rollout.values_int, config.rnd.gamma, settings.gae_lambda, never, never)
             advantages = advantages + adv_int
             rollout.returns_int.copy_((adv_int + rollout.values_int[:-1]).view(-1))
             means |= {
                 "int_reward_mean": bonus.mean(),
                 "int_reward_max": bonus.max(),
                 "int_return_mean": rollout.returns_int.mean(),
-                "explained_variance_int": functional.explained_variance(
+                "explained_variance_int": losses.explained_variance(
                     rollout.values_int[:-1].reshape(-1), rollout.returns_int, torch.ones_like(rollout.valid)
                 ),
             }
         rollout.advantages.copy_(advantages.view(-1))
         if settings.normalize_advantages:
-            rollout.advantages.copy_(functional.normalized(rollout.advantages, rollout.valid, distributed.masked_mean))
+            rollout.advantages.copy_(losses.normalized(rollout.advantages, rollout.valid, distributed.masked_mean))
         self._rollout_means.add(means)
 
     def _int_rewards(self, rnd: RND) -> Tensor:
@@ -262,7 +259,7 @@ class PPOAgent(BaseAgent):
             optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         learners = list(self.learners.parameters())
-        of_tasks = {name: functional.gradients(task_loss, learners) for name, task_loss in task_losses.items()}
+        of_tasks = {name: losses.gradients(task_loss, learners) for name, task_loss in task_losses.items()}
         predictor = [] if self.rnd is None else list(self.rnd.predictor.parameters())
         distributed.average_gradients([*learners, *predictor], *of_tasks.values())
         if max_norm > 0:
@@ -270,7 +267,7 @@ class PPOAgent(BaseAgent):
             if predictor:
                 nn.utils.clip_grad_norm_(predictor, max_norm)
         for name, found in of_tasks.items():  # each clipped alone, so that none can drown the policy
-            for parameter, gradient in functional.task_gradients(found, max_norm, self.tasks.weights[name]).items():
+            for parameter, gradient in losses.task_gradients(found, max_norm, self.tasks.weights[name]).items():
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             metrics[f"{name}_loss"] = task_losses[name]
         for optimizer in self._optimizers():
@@ -282,18 +279,18 @@ class PPOAgent(BaseAgent):
         settings, rollout = self.config.agent, self.rollout
         indices, valid = rollout.before[rows], rollout.valid[rows]
         logits, value_ext, value_int = self.policy(self.replay.stacks(indices))
-        log_probs = functional.log_probs(logits, self.replay.actions.view(-1)[indices].long())
+        log_probs = losses.log_probs(logits, self.replay.actions.view(-1)[indices].long())
         old_log_probs, advantages = rollout.log_probs.view(-1)[rows], rollout.advantages[rows]
-        clip_loss, approx_kl, clip_fraction = functional.ppo_loss(
+        clip_loss, approx_kl, clip_fraction = losses.ppo_loss(
             log_probs, old_log_probs, advantages, valid, settings.clip_coef
         )
-        entropy = functional.masked_mean(functional.entropy(logits), valid)
-        ext_loss = functional.value_loss(value_ext, rollout.returns_ext[rows], valid)
+        entropy = losses.masked_mean(losses.entropy(logits), valid)
+        ext_loss = losses.value_loss(value_ext, rollout.returns_ext[rows], valid)
         metrics = {"policy_loss": clip_loss, "value_loss_ext": ext_loss, "entropy": entropy}
         metrics |= {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
         loss = distributed.weighted(clip_loss - settings.ent_coef * entropy + ext_loss, valid)
         if self.rnd is not None:
-            int_loss = functional.value_loss(value_int, rollout.returns_int[rows], torch.ones_like(valid))
+            int_loss = losses.value_loss(value_int, rollout.returns_int[rows], torch.ones_like(valid))
             metrics["value_loss_int"] = int_loss
             loss = loss + int_loss
         return loss, metrics
@@ -345,7 +342,7 @@ class PPOAgent(BaseAgent):
 ENTRY = AgentEntry(
     make=PPOAgent,
     make_policy=lambda config, spec: make_actor_critic(spec),
-    action_scores=lambda network, obs, generator: functional.gumbel_scores(network(obs)[0], generator),
+    action_scores=lambda network, obs, generator: losses.gumbel_scores(network(obs)[0], generator),
     charts=charts,
     make_look=make_look,
 )

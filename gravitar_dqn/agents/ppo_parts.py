@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gravitar_dqn.agents.auxiliary_tasks import make_task_heads, task_weights
 from gravitar_dqn.config import PPORunConfig, PPOSettings
-from gravitar_dqn.envs import EnvSpec
-from gravitar_dqn.memory import check_buffer_fits
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
 from gravitar_dqn.rnd import make_rnd_networks
+from gravitar_dqn.runtime.memory import check_buffer_fits
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

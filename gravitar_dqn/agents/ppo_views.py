@@ -28,7 +28,7 @@ from gravitar_dqn.charts import (
     without,
 )
 from gravitar_dqn.config import PPORunConfig
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic
 from gravitar_dqn.rnd import RND
 

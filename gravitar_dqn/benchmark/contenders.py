@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gravitar_dqn import distributed, training
+from gravitar_dqn import training
 from gravitar_dqn.config import (
     DQNRunConfig,
     DQNSettings,
@@ -17,12 +17,13 @@ from gravitar_dqn.config import (
     RNDSettings,
     RunConfig,
     TaskSettings,
+    validate,
 )
 from gravitar_dqn.envs import make_envs
-from gravitar_dqn.execution import Graphed
 from gravitar_dqn.loop import can_overlap, play
 from gravitar_dqn.presets import PUBLISHED_PPO
-from gravitar_dqn.serialization import validate
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import Graphed
 
 GAME, OLD_GAME = "ALE/Gravitar-v5", "Gravitar-v0"
 BATCH = 128

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn.benchmark.contenders import BATCH, GAME, NOTEBOOK_STEPS, NOTEBOOK_UPDATES, OLD_GAME, STEPS, UPDATES
 from gravitar_dqn.config import PPORunConfig
-from gravitar_dqn.execution import choose_device
+from gravitar_dqn.runtime.execution import choose_device
 
 
 def plain_trunk(channels: int) -> nn.Sequential:

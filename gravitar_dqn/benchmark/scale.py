@@ -9,14 +9,14 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from gravitar_dqn import distributed
 from gravitar_dqn.benchmark import contenders
 from gravitar_dqn.benchmark.measure import Row, alternate, rows_of
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.worker import Worker
 from gravitar_dqn.config import DQNRunConfig
-from gravitar_dqn.execution import choose_device
-from gravitar_dqn.processes import available_cores
+from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.execution import choose_device
+from gravitar_dqn.runtime.processes import available_cores
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.peers import Notebook, StableBaselines, StablePPO
 from gravitar_dqn.benchmark.scale import scale_rows
 from gravitar_dqn.benchmark.worker import Worker, workers
-from gravitar_dqn.envs import EnvSpec
+from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.execution import choose_device, describe_device, keep_freed_memory
-from gravitar_dqn.memory import available_bytes, bytes_per_transition
 from gravitar_dqn.replay import ReplayBuffer
-from gravitar_dqn.run_dir import commit, versions
+from gravitar_dqn.run.folder import commit, versions
+from gravitar_dqn.runtime.execution import choose_device, describe_device, keep_freed_memory
+from gravitar_dqn.runtime.memory import available_bytes, bytes_per_transition
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gravitar_dqn import distributed
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.runtime import distributed
 
 log = logging.getLogger(__name__)
 

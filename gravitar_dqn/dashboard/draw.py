@@ -14,7 +14,7 @@ from gravitar_dqn.dashboard.panes import Window
 from gravitar_dqn.dashboard.registry import register
 from gravitar_dqn.dashboard.view import ComparisonView, RunView
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.run_dir import load_run
+from gravitar_dqn.run.folder import load_run
 
 SAVE_EVERY = 60.0  # seconds
 PATIENCE = 20.0  # seconds in which a server has to answer, one that is just starting too

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
 from gravitar_dqn.dashboard.panes import duration, state_badge
-from gravitar_dqn.runs import Standing
+from gravitar_dqn.run.status import Standing
 
 VISDOM_TITLE = "<title>visdom</title>"
 

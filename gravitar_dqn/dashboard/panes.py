@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gravitar_dqn.charts import BLUE, GREEN, ORANGE
-from gravitar_dqn.runs import Standing
-from gravitar_dqn.serialization import flatten
+from gravitar_dqn.config import flatten
+from gravitar_dqn.run.status import Standing
 
 Pane = dict[str, Any]
 Window = tuple[str, object, Callable[[], Pane]]  # key, the revision of what it shows, how to make it

@@ -18,7 +18,7 @@ from gravitar_dqn.dashboard.panes import Pane, Window, run_pane, settings_pane, 
 from gravitar_dqn.dashboard.registry import environment_name
 from gravitar_dqn.dashboard.tail import CsvTail
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.runs import Standing, standing
+from gravitar_dqn.run.status import Standing, standing
 
 LARGEST_VIDEO = 16 * 2**20  # bytes
 VIDEO_NAME = re.compile(r"episode_(\d+)_score_(-?[\d.]+)\.mp4")

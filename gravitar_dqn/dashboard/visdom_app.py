@@ -25,8 +25,8 @@ from gravitar_dqn.dashboard.pages import entitled, runs_page
 from gravitar_dqn.dashboard.panes import run_pane
 from gravitar_dqn.dashboard.registry import registered
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.run_dir import is_held
-from gravitar_dqn.runs import Standing, standing
+from gravitar_dqn.run.folder import is_held
+from gravitar_dqn.run.status import Standing, standing
 
 CLOSED = "closed"
 HERE = ("127.0.0.1", "localhost", "::1")

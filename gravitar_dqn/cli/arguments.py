@@ -1,0 +1,205 @@
+"""What commands take, and the way from words to it. Every mistake is one line that says what would do."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from gravitar_dqn.config import RunConfig, bounded, flatten, to_dict
+from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import PRESETS
+from gravitar_dqn.run.status import RUNS
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What `train` takes beside the settings of the run."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
+    resume: Path | None = None
+    """Go on with the run in this folder, from its newest checkpoint."""
+    profile: bool = False
+    """Print at the end where the time went."""
+
+
+@dataclass(frozen=True)
+class PlayArguments:
+    """Who plays how many games, and how."""
+
+    run_dir: tyro.conf.Positional[str] = ""
+    """The run's folder, or its name in runs/."""
+    pretrained: str | None = None
+    """Instead of a run: the name of weights that ship with the package."""
+    checkpoint: str = "latest"
+    """Which of a run's checkpoints plays: latest; best, of those that --eval-every evaluated while it trained; or the
+    name of a file in its folder checkpoints/."""
+    episodes: int = bounded(100, low=1)
+    """Games to play."""
+    epsilon: float = bounded(0.001, high=1)
+    """Probability of a random action."""
+    seed: int = bounded(742, high=2**30)
+    """Seeds the games and the random actions."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments(PlayArguments):
+    """Play whole games with a run's newest checkpoint and write eval.json; or with weights that ship."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    max_steps: int = bounded(0)
+    """Cut a game off after this many agent steps, as an idle agent's that would never end; 0: as in training."""
+
+
+@dataclass(frozen=True)
+class WatchArguments(PlayArguments):
+    """Play games with a run's newest checkpoint, or with weights that ship, and record them to videos/<run>/."""
+
+    episodes: int = bounded(1, low=1)
+    """Games to play."""
+    video_dir: Path = Path("videos")
+    """Recordings go to <video_dir>/<run>/."""
+    overlay: bool = False
+    """Show beside the game what the agent makes of it: values of the actions, curiosity, RANDAL's pixel control."""
+
+
+@dataclass(frozen=True)
+class RunsArguments:
+    """Which runs are listed."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = (str(RUNS),)
+    """Folders of runs, of one run each or of many; names of runs in runs/; or presets."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What is written for which program."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of runs, or names of runs in runs/."""
+    to: Literal["tensorboard"] = "tensorboard"
+    """The program."""
+    out: Path | None = None
+    """Where to, <out>/<run>/; by default <run's folder>/tensorboard/."""
+
+
+@dataclass(frozen=True)
+class DashboardArguments:
+    """A Visdom server on this machine, and runs that are drawn on it."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Draw these runs, and several of them in one more page: folders, names of runs in runs/, or presets."""
+    port: int = bounded(8097, low=1, high=65_535)
+    """Where it listens."""
+    stop: bool = False
+    """Stop the server on the port, also one that training started."""
+    prepare: bool = False
+    """Only fetch the browser files, for a start without internet."""
+
+
+NUMBERS = ConstructorRegistry()
+
+
+@NUMBERS.primitive_rule
+def _whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def whole_number(word: str) -> int:
+    """1000000, 1_000_000 or 1e6; ValueError for what is no whole number."""
+    with contextlib.suppress(ValueError):
+        return int(word)
+    with contextlib.suppress(InvalidOperation):
+        value = Decimal(word)
+        if value.is_finite() and value.adjusted() < 30 and value == value.to_integral_value():
+            return int(value)
+    raise ValueError(f"{word!r} is no whole number, such as 1000000, 1_000_000 or 1e6")
+
+
+def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
+    """tyro's parser, with every mistake as one UserError line; `--help` prints and exits."""
+    said = io.StringIO()
+    options: dict[str, Any] = {"prog": prog, "registry": NUMBERS, **({} if default is None else {"default": default})}
+    try:
+        with contextlib.redirect_stderr(said):
+            result, unknown = tyro.cli(
+                build, args=list(argv), description=description, return_unknown_args=True, **options
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
+        lines = [" ".join(line.split()) for line in words.splitlines()]
+        message = [
+            line for line in lines if line.strip("-+ ") and "full helptext" not in line and line != f"{prog} --help"
+        ]
+        message = message[1 : message.index("Argument helptext:")] if "Argument helptext:" in message else message[1:]
+        raise UserError(f"{' '.join(message) or 'the arguments do not fit'} ({prog} --help lists all)") from None
+    if unknown:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            tyro.cli(build, args=["--help"], **options)
+        known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
+        raise UserError(complaint(unknown, known, prog))
+    return result
+
+
+def complaint(unknown: Sequence[str], known: Sequence[str], prog: str) -> str:
+    """One line on the first of the words that are `unknown`, with the nearest of the options that are `known`."""
+    option, _, value = unknown[0].partition("=")
+    value = value or "".join(unknown[1:2])
+    trains = "--resume" in known  # presets are `train`'s
+    if trains and (option in PRESETS or option == "--preset"):
+        preset = option if option in PRESETS else value if value in PRESETS else "PRESET"
+        return f"the preset comes first: {prog} {preset} [options], and there is only one"
+    name = option.removeprefix("--").replace("-", "_")
+    if trains and (owners := [preset for preset, config in PRESETS.items() if name in flatten(to_dict(config))]):
+        return f"{option} is a setting of other presets, which come first: {prog} {owners[0]} {option} ..."
+    kind = "option" if option.startswith("-") else "argument"
+    near = " or ".join(nearest(option.replace("_", "-"), known))
+    return f"unknown {kind} {unknown[0]!r}: " + (f"did you mean {near}?" if near else f"{prog} --help lists all")
+
+
+def nearest(option: str, known: Sequence[str]) -> list[str]:
+    """The options that were probably meant.
+
+    `--learning-rate` is `--agent.learning-rate` without its group, `--agent.lr` has the initials, `--steps` one of the
+    words of `--total-steps`; the rest is left to the number of letters that differ.
+    """
+    group, _, name = option.removeprefix("--").rpartition(".")
+    parts = {other: other.removeprefix("--").rpartition(".")[2] for other in known}
+    of_group = [other for other in known if group and other.startswith(f"--{group}.")]
+    for fits in (
+        lambda part: part == name,
+        lambda part: "-" in part and "".join(word[0] for word in part.split("-")) == name,
+        lambda part: name in part.split("-"),
+    ):
+        for there in (of_group, known):
+            if found := [other for other in there if fits(parts[other])]:
+                return found[:3]
+    if of_group:
+        close = difflib.get_close_matches(name, [parts[other] for other in of_group], n=1)
+        return [f"--{group}.{part}" for part in close]
+    return difflib.get_close_matches(option, known, n=1)

@@ -1,0 +1,1 @@
+"""Agents after training: their games, scores, films, and the process that evaluates during training."""

@@ -1,0 +1,1 @@
+"""RANDAL's published interface: its names, and its trainer."""

@@ -1,0 +1,1 @@
+"""What a run leaves: its folder, checkpoints, CSV files, console lines; and how it stands by them."""

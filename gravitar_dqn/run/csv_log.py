@@ -1,0 +1,83 @@
+"""CSV files that grow row by row, and never hold half of one."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gravitar_dqn.run.files import written_whole
+
+log = logging.getLogger(__name__)
+
+
+class CsvLog:
+    """A CSV file that only ever holds whole rows. A disk that is full costs a warning; rows wait and are tried again.
+
+    On resume, rows beyond `last_step` (column global_step) are dropped: they will be played again.
+    """
+
+    def __init__(self, path: Path, columns: list[str], last_step: int | None = None) -> None:
+        self.path, self.columns = path, columns
+        self._pending: list[bytes] = []
+        self._warned = False
+        self.full = False  # whether rows wait for room on the disk
+        kept = self._kept(last_step) if last_step is not None and path.exists() else []
+        with written_whole(path) as temporary:
+            temporary.write_bytes(b"".join([self._line(columns), *kept]))
+        self._size = path.stat().st_size
+
+    def _kept(self, last_step: int) -> list[bytes]:
+        with self.path.open(newline="") as file:
+            whole_lines = (line for line in file if line.endswith("\n"))
+            header, *rows = list(csv.reader(whole_lines)) or [[]]
+        if "global_step" not in header:
+            return []
+        whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+        kept = [row for row in whole if row["global_step"].isdecimal() and int(row["global_step"]) <= last_step]
+        return [self._line(row.get(name, "") for name in self.columns) for row in kept]  # columns may have grown
+
+    @staticmethod
+    def _line(values: Iterable[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        return text.getvalue().encode()
+
+    def add(self, values: Iterable[Any]) -> None:
+        """Remember a row for the next `flush`."""
+        self._pending.append(self._line(values))
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if not self._pending:
+            return
+        data = b"".join(self._pending)
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY)
+            try:
+                os.lseek(descriptor, self._size, os.SEEK_SET)
+                written = os.write(descriptor, data)
+                if written < len(data):  # the disk filled up half-way
+                    os.ftruncate(descriptor, self._size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if not self._warned:
+                log.warning("%s cannot be written (%s): rows are kept and tried again", self.path, error)
+            self._warned = True
+            return
+        self._size += len(data)
+        self._pending.clear()
+        self._warned = self.full = False
+
+    @property
+    def waiting(self) -> int:
+        """Rows that could not be written so far."""
+        return len(self._pending)

@@ -1,0 +1,1 @@
+"""What runs the arithmetic: devices, precision, CUDA graphs, ranks, signals, memory."""
