@@ -1,18 +1,18 @@
-"""The loop: it plays, lets the agent learn, and knows neither agents nor files."""
+"""The loop: it plays, lets the agent learn, and knows no agent in particular, and no files."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from line_profiler import profile
 
+from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.runtime import distributed
 
 Array = npt.NDArray[Any]
@@ -33,65 +33,6 @@ class Observer(Protocol):
 
     def step(self, episodes: list[Episode]) -> None:
         """Called after every step of the vector environment with the games that it finished."""
-
-
-class Agent(Protocol):
-    """What the loop, and a run around it, ask of an agent. `agents.base.BaseAgent` has most of it."""
-
-    device: torch.device
-    learns_while_playing: bool  # it may learn while the emulator plays, one step behind
-    global_step: int  # agent steps played, over all environments
-    episodes: int  # games finished
-    num_updates: int  # gradient steps
-    batch_size: int  # samples in a gradient step
-    messages: list[str]  # lines for the console, taken by whoever prints them
-
-    def begin(self, obs: Array) -> None:
-        """Start with the frames (num_envs, *frame_shape) of freshly reset environments."""
-
-    def act(self) -> torch.Tensor:
-        """Actions (num_envs,) int64 for the newest frames, on the device."""
-
-    def observe(
-        self,
-        actions: torch.Tensor,
-        rewards: Array,
-        terminations: Array,
-        truncations: Array,
-        next_obs: Array,
-        played: Array,
-    ) -> None:
-        """Take in one step of every environment. `played` is false where it was the dummy one after a game's end."""
-
-    def update(self) -> int:
-        """Learn what is due; returns the number of gradient steps.
-
-        Called after `observe`, or, where learning overlaps the emulator's playing, after the `act` that follows it.
-        """
-
-    @property
-    def epsilon(self) -> float:
-        """Probability of a random action."""
-
-    @property
-    def partial_buffer_size(self) -> int | None:
-        """Transitions in a replay buffer that is not full yet; None otherwise."""
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The names in `metrics`."""
-
-    def metrics(self) -> Mapping[str, float]:
-        """Means since the last call; those without a value are left out. NaN or infinity ends the run."""
-
-    def policy_state(self) -> dict[str, Any]:
-        """Weights of the network that acts, for recordings."""
-
-    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
-        """All that learning depends on; what was stored only where asked for. `policy` is `policy_state`."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned. Then call `begin`."""
 
 
 class Timer:

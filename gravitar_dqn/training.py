@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gravitar_dqn.agents import entry_of
+from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.config import RunConfig, to_dict
 from gravitar_dqn.dashboard.connection import check_address
 from gravitar_dqn.dashboard.thread import Dashboard
@@ -21,7 +22,7 @@ from gravitar_dqn.envs.spec import EnvSpec, find_game, is_atari
 from gravitar_dqn.errors import NotFinite, NotSaved, OutOfMemory, RankLost, UserError
 from gravitar_dqn.evaluation.evaluator import Evaluator
 from gravitar_dqn.evaluation.video import Recorder
-from gravitar_dqn.loop import Agent, Episode, Observer, Timer, can_overlap, play
+from gravitar_dqn.loop import Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.folder import begun_by, cannot_be_written, check_free, lock, removed_after_errors, write_config

@@ -31,7 +31,7 @@ from run_helpers import CARTPOLE, RANDAL_CARTPOLE, ROOT, check_episodes, refusal
 from test_resume import FOR_EVER, Killable, saved_step, wait_until
 
 from gravitar_dqn import MLP, RANDAL, PPOConfig, PredictorMLP, RANDALTrainer, RANDALTrainerConfig, training
-from gravitar_dqn.agents.base import BaseAgent
+from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.cli import commands
 from gravitar_dqn.config import flatten, to_dict
@@ -91,7 +91,7 @@ def test_what_a_broken_game_sends_stops_the_run(
     what: str, bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     injected(f"{bad} as {what}")
-    observe = BaseAgent.observe
+    observe = Agent.observe
 
     def broken(
         self: Any, actions: Any, rewards: Any, terminations: Any, truncations: Any, obs: Any, played: Any
@@ -100,7 +100,7 @@ def test_what_a_broken_game_sends_stops_the_run(
             rewards, obs = (rewards * bad, obs) if what == "reward" else (rewards, obs * np.float32(bad))
         observe(self, actions, rewards, terminations, truncations, obs, played)
 
-    monkeypatch.setattr(BaseAgent, "observe", broken)
+    monkeypatch.setattr(Agent, "observe", broken)
     assert train(*CARTPOLE, *EVERY_STEP, "--total-steps", 1000, "--run-dir", tmp_path / "run") == 3
     assert re.search(r"(td_loss|q_mean) is (nan|inf); stopped at step", last_line(capsys))
     assert saved_step(tmp_path / "run") == 0
@@ -694,8 +694,8 @@ def test_a_game_that_raises_ends_the_run_badly_and_what_was_saved_stays(
         if self.global_step == 150:
             raise RuntimeError("the emulator died")
 
-    observe = BaseAgent.observe
-    monkeypatch.setattr(BaseAgent, "observe", broken)
+    observe = Agent.observe
+    monkeypatch.setattr(Agent, "observe", broken)
     run_dir = tmp_path / "run"
     with pytest.raises(RuntimeError, match="the emulator died"):  # the process ends with its traceback, and 1
         train(*CARTPOLE, *FOR_EVER, *OFTEN, "--run-dir", run_dir)

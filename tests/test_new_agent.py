@@ -12,7 +12,7 @@ from run_helpers import rows
 from torch import Tensor, nn
 
 from gravitar_dqn.agents import REGISTRY
-from gravitar_dqn.agents.base import AgentEntry, BaseAgent, Insight, Means
+from gravitar_dqn.agents.base import Agent, AgentEntry, Insight, Means
 from gravitar_dqn.benchmark.contenders import Ours
 from gravitar_dqn.benchmark.worker import _play_for
 from gravitar_dqn.charts import SCORE, Chart, Layout, Line
@@ -39,7 +39,7 @@ class ToyRunConfig(RunConfig):
     agent: ToySettings = field(default_factory=ToySettings)
 
 
-class ToyAgent(BaseAgent):
+class ToyAgent(Agent):
     """Linear regression of the reward of one step."""
 
     batch_size = 32

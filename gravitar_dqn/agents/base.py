@@ -97,8 +97,8 @@ class Means:
         return means | ({self._largest: largest} if self._largest else {})
 
 
-class BaseAgent:
-    """An agent that learns from a replay buffer.
+class Agent:
+    """An agent that learns from a replay buffer: what the loop, and a run around it, ask of one.
 
     Networks work in functions that take and return nothing, on tensors that stay where they are, so that a CUDA graph
     can hold each of them. Nothing reads a number back from the device but `metrics`, at a log tick.
@@ -110,7 +110,7 @@ class BaseAgent:
         replay: where every step goes.
     """
 
-    learns_while_playing = False
+    learns_while_playing = False  # it may learn while the emulator plays, one step behind
     batch_size: int  # samples in a gradient step
     optimizer: torch.optim.Optimizer  # of what the policy learns with
 
@@ -152,6 +152,10 @@ class BaseAgent:
         self.replay.begin(obs)
         self.replay.latest(out=self._obs)
 
+    def act(self) -> Tensor:
+        """Actions (num_envs,) int64 for the newest frames, on the device."""
+        raise NotImplementedError
+
     @profile
     def observe(
         self, actions: Tensor, rewards: Array, terminations: Bools, truncations: Bools, next_obs: Array, played: Bools
@@ -168,6 +172,13 @@ class BaseAgent:
         self.episodes += games
 
     # ---------------------------------------------------------------- learning
+
+    def update(self) -> int:
+        """Learn what is due; returns the number of gradient steps.
+
+        Called after `observe`, or, where learning overlaps the emulator's playing, after the `act` that follows it.
+        """
+        raise NotImplementedError
 
     def _scheduled_learning_rate(self, settings: Any) -> float:
         """What settings with a learning_rate, its _end and its _decay say of this step."""
@@ -192,11 +203,11 @@ class BaseAgent:
         return (*(name for means in self._means for name in means.names), *self._present_metrics())
 
     def _present_metrics(self) -> dict[str, float]:
-        """What is no mean: values of now."""
+        """Current values, beside the means."""
         return {"buffer_fill": self.replay.fill, "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call, those without a value left out, and values of now."""
+        """Means since the last call, where there are any, and current values. NaN or infinity in them ends the run."""
         means = {name: value for group in self._means for name, value in group.take().items()}
         return means | self._present_metrics()
 

@@ -11,7 +11,7 @@ from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn import losses
-from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Insight, Look, Means, Stateful
+from gravitar_dqn.agents.base import Agent, AgentEntry, Array, Insight, Look, Means, Stateful
 from gravitar_dqn.charts import (
     BUFFER,
     EPSILON,
@@ -41,7 +41,7 @@ from gravitar_dqn.runtime.execution import prepare_optimizer, set_learning_rate
 from gravitar_dqn.runtime.memory import check_buffer_fits
 
 
-class DQNAgent(BaseAgent):
+class DQNAgent(Agent):
     """The agent.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import losses
 from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
-from gravitar_dqn.agents.base import AgentEntry, Array, BaseAgent, Means, Stateful
+from gravitar_dqn.agents.base import Agent, AgentEntry, Array, Means, Stateful
 from gravitar_dqn.agents.ppo_parts import (
     MakeOptimizer,
     Networks,
@@ -35,7 +35,7 @@ from gravitar_dqn.runtime import distributed
 from gravitar_dqn.runtime.execution import prepare_optimizer, set_learning_rate
 
 
-class PPOAgent(BaseAgent):
+class PPOAgent(Agent):
     """The agent. With curiosity and tasks it is RANDAL; without both, plain PPO.
 
     Args:

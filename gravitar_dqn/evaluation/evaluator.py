@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation.background import Worker, serve
 from gravitar_dqn.evaluation.scores import evaluate
 from gravitar_dqn.evaluation.trained_agent import from_run
-from gravitar_dqn.loop import Agent, Episode
+from gravitar_dqn.loop import Episode
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.csv_log import CsvLog
 from gravitar_dqn.run.files import read_rows

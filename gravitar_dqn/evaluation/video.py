@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gravitar_dqn.agents.base import Look
+from gravitar_dqn.agents.base import Agent, Look
 from gravitar_dqn.config import RunConfig, to_dict
 from gravitar_dqn.envs import spec_of
 from gravitar_dqn.envs.single import action_names, make_recorded_env
@@ -30,7 +30,7 @@ from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation.acting import Policy, load_policy, play_games
 from gravitar_dqn.evaluation.background import Worker, serve
 from gravitar_dqn.evaluation.overlay import Overlay
-from gravitar_dqn.loop import Agent, Episode
+from gravitar_dqn.loop import Episode
 from gravitar_dqn.presets import from_dict
 from gravitar_dqn.run.telemetry import Console
 

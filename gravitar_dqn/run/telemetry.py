@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.errors import NotFinite, NotSaved, RankLost
-from gravitar_dqn.loop import Agent, Episode
+from gravitar_dqn.loop import Episode
 from gravitar_dqn.run.csv_log import CsvLog
 from gravitar_dqn.run.logs import forget_unwritten
 from gravitar_dqn.runtime import distributed
