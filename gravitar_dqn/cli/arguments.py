@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -150,19 +151,15 @@ def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: 
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[^\x20-\x7e\n]", " ", re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()))
-        lines = [" ".join(line.split()) for line in words.splitlines()]
-        message = [
-            line for line in lines if line.strip("-+ ") and "full helptext" not in line and line != f"{prog} --help"
-        ]
-        message = message[1 : message.index("Argument helptext:")] if "Argument helptext:" in message else message[1:]
-        raise UserError(f"{' '.join(message) or 'the arguments do not fit'} ({prog} --help lists all)") from None
+        box = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]|^[ -]+$", "", said.getvalue(), flags=re.MULTILINE)
+        title, _, text = box.strip().partition("\n")
+        message = " ".join(re.split("(?:Argument|For full) helptext", text)[0].split())
+        raise UserError(f"{message or title} ({prog} --help lists all)") from None
     if unknown:
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            tyro.cli(build, args=["--help"], **options)
-        known = sorted(set(re.findall(r"--[a-z0-9][a-z0-9.-]*", re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()))))
-        raise UserError(complaint(unknown, known, prog))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # tyro offers nothing newer that knows the names
+            parser = tyro.extras.get_parser(build, **options)
+        raise UserError(complaint(unknown, list(parser._option_string_actions), prog))
     return result
 
 
@@ -183,23 +180,9 @@ def complaint(unknown: Sequence[str], known: Sequence[str], prog: str) -> str:
 
 
 def nearest(option: str, known: Sequence[str]) -> list[str]:
-    """The options that were probably meant.
-
-    `--learning-rate` is `--agent.learning-rate` without its group, `--agent.lr` has the initials, `--steps` one of the
-    words of `--total-steps`; the rest is left to the number of letters that differ.
-    """
-    group, _, name = option.removeprefix("--").rpartition(".")
-    parts = {other: other.removeprefix("--").rpartition(".")[2] for other in known}
-    of_group = [other for other in known if group and other.startswith(f"--{group}.")]
-    for fits in (
-        lambda part: part == name,
-        lambda part: "-" in part and "".join(word[0] for word in part.split("-")) == name,
-        lambda part: name in part.split("-"),
-    ):
-        for there in (of_group, known):
-            if found := [other for other in there if fits(parts[other])]:
-                return found[:3]
-    if of_group:
-        close = difflib.get_close_matches(name, [parts[other] for other in of_group], n=1)
-        return [f"--{group}.{part}" for part in close]
-    return difflib.get_close_matches(option, known, n=1)
+    """The options that end in the same words, in any group; else the one spelled most alike, with its group or not."""
+    name = option.rpartition(".")[2].lstrip("-")
+    spellings = {f"--{other.rpartition('.')[2].lstrip('-')}": other for other in reversed(known)}
+    spellings |= {other: other for other in known}
+    alike = difflib.get_close_matches(option, spellings, n=1, cutoff=0.8)
+    return [other for other in known if other.endswith((f"-{name}", f".{name}"))] or [spellings[word] for word in alike]
