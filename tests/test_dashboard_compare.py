@@ -1,157 +1,170 @@
-"""Comparisons: several runs' windows merged, and runs drawn by the command, finished, live and unfit ones."""
+"""Comparisons: several runs in one chart each, and runs drawn by the command, finished, live and unfit ones."""
 
 from __future__ import annotations
 
 import _thread
 import json
-import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from visdom_helpers import WINDOWS, Server, append_metrics, pretend_prepared, saved_at, wait_until, write_run
 
 from gravitar_dqn.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.dashboard import draw
-from gravitar_dqn.dashboard.compare import COLORS, held, labels_of, merge, pane_of
+from gravitar_dqn.dashboard.compare import COLORS, ComparisonView, labels_of
 from gravitar_dqn.dashboard.draw import draw_runs
+from gravitar_dqn.dashboard.panes import Pane
 from gravitar_dqn.dashboard.registry import environment_name, registered
 from gravitar_dqn.dashboard.view import RunView
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run.folder import lock
 
-Windows = dict[str, dict[str, Any]]
+
+def views_of(run_dirs: Sequence[Path]) -> list[RunView]:
+    views = [RunView(run_dir) for run_dir in run_dirs]
+    for view in views:
+        view.update()
+    return views
 
 
-def windows_of(run_dir: Path) -> Windows:
-    """A run's windows as the server holds them."""
-    view = RunView(run_dir)
-    view.update()
-    return {key: {**held(make(), revision), "i": i} for i, (key, revision, make) in enumerate(view.windows())}
+def compared(*run_dirs: Path) -> dict[str, Pane]:
+    """The windows of a comparison, by their ids."""
+    return {key: make() for key, _, make in ComparisonView(views_of(run_dirs)).windows()}
 
 
-def titled(windows: list[dict[str, Any]], title: str) -> dict[str, Any]:
-    return next(window for window in windows if window["title"] == title)
+def lines(pane: Pane) -> dict[str, Pane]:
+    return {trace["name"]: trace for trace in pane["data"]}
 
 
-def lines(window: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {trace["name"]: trace for trace in window["content"]["data"]}
+def content(pane: Pane) -> str:
+    return str(pane["data"][0]["content"])
 
 
-def text_of(windows: Windows) -> str:
-    return json.dumps(windows, allow_nan=False)
-
-
-# Merged, without a server.
+# Without a server.
 
 
 def test_a_run_has_a_colour_and_its_lines_have_dashes(tmp_path: Path) -> None:
-    runs = {name: windows_of(write_run(tmp_path / name, 50, seed=seed)) for seed, name in enumerate("abc")}
-    before = text_of(runs["a"])
-    merged = merge(runs)
+    panes = compared(*(write_run(tmp_path / name, 50, seed=seed) for seed, name in enumerate("abc")))
     titles = ["Runs", "Score", "Loss", "Expected return", "Epsilon", "Speed", "Replay buffer"]
-    assert [window["title"] for window in merged] == titles
-    assert all(window["has_compare"] is True and window["command"] == "window" for window in merged)
-    speed = lines(titled(merged, "Speed"))
+    assert [pane["opts"]["title"] for pane in panes.values()] == titles
+    assert all(pane["win"] == key for key, pane in panes.items())
+    speed = lines(panes["speed-frames"])
     names = [
         f"gravitar, seed {seed}: {line}" for seed in range(3) for line in ("frames/s acting", "samples/s learning")
     ]
     assert [*speed] == names
     assert [trace["line"]["color"] for trace in speed.values()] == [BLUE, BLUE, ORANGE, ORANGE, GREEN, GREEN]
     assert [trace["line"]["dash"] for trace in speed.values()] == ["solid", "dash"] * 3
-    assert [*lines(titled(merged, "Score"))] == [f"gravitar, seed {seed}: average of 100" for seed in range(3)]
-    assert all(f"color:{color}" in merged[0]["content"] for color in (BLUE, ORANGE, GREEN))
-    assert text_of(runs["a"]) == before, "what the server holds stays as it was"
-    json.dumps(merged, allow_nan=False)
+    assert all(len(trace["x"]) == len(trace["y"]) == 50 for trace in speed.values())
+    assert [*lines(panes["score-frames"])] == [f"gravitar, seed {seed}: average of 100" for seed in range(3)]
+    json.dumps(panes, allow_nan=False)
 
 
-def test_a_merged_axis_has_the_decades_of_all(tmp_path: Path) -> None:
-    runs = {name: windows_of(write_run(tmp_path / name, 50, seed=seed)) for seed, name in enumerate("ab")}
-    trace = runs["b"]["loss"]["content"]["data"][0]
-    trace["y"] = [y * 1e-4 for y in trace["y"]]
-    yaxis = titled(merge(runs), "Loss")["content"]["layout"]["yaxis"]
+def test_the_table_says_how_each_run_stands_and_leads_to_its_page(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 10, seed=seed, total_steps=10_000) for seed, name in enumerate("abc")]
+    saved_at(runs[2], 10_000)
+    with lock(runs[1]):
+        table = content(compared(*runs)["runs"])
+    rows = table.split("<tr>")[1:]
+    found = zip(runs, rows, ("died", "running", "finished"), (BLUE, ORANGE, GREEN), strict=True)
+    for seed, (run, row, state, color) in enumerate(found):
+        assert f"'color:{color};" in row and f"data-state='{state}'" in row and f"gravitar, seed {seed}<" in row
+        assert f"<a href='/env/{environment_name(run)}'>{environment_name(run)}</a>" in row
+    assert "in common" not in table
+
+
+def test_many_lines_have_their_names_beside_the_chart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run{seed}", 5, seed=seed) for seed in range(7)]
+    for count, y in ((6, -0.2), (7, 1)):
+        layout = compared(*runs[:count])["epsilon-frames"]["layout"]
+        assert layout["showlegend"] and layout["legend"]["y"] == y
+
+
+def test_a_shared_axis_has_the_decades_of_all(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, 50, seed=seed) for seed, name in enumerate("ab")]
+    with (runs[1] / "metrics.csv").open("a") as file:
+        file.write("1,99000,,,,,,,,,,1e-7,,,,,\n")  # nothing but a loss
+    yaxis = compared(*runs)["loss-frames"]["layout"]["yaxis"]
     assert yaxis["range"] == [-7, -1]
-    assert runs["a"]["loss"]["content"]["layout"]["yaxis"]["range"][0] > -5
+    assert yaxis["title"] == {"text": "loss (log)"}
+    own = next(make() for key, _, make in views_of(runs)[0].windows() if key == "loss")
+    assert own["layout"]["yaxis"]["range"][0] > -5
 
 
 def test_a_run_that_has_just_begun_takes_no_axes_away(tmp_path: Path) -> None:
-    begun, other = (windows_of(write_run(tmp_path / name, ticks)) for name, ticks in (("a", 0), ("b", 50)))
-    loss = titled(merge({"a": begun, "b": other}), "Loss")
-    assert "annotations" not in loss["content"]["layout"]
+    begun, other, third = (write_run(tmp_path / name, ticks) for name, ticks in (("a", 0), ("b", 50), ("c", 0)))
+    loss = compared(begun, other)["loss-frames"]
+    assert "annotations" not in loss["layout"] and loss["layout"]["showlegend"]
     assert len(lines(loss)) == 2
-    layout = titled(merge({"a": begun, "c": begun}), "Loss")["content"]["layout"]
+    layout = compared(begun, third)["loss-frames"]["layout"]
     assert layout["annotations"][0]["text"].startswith("learning begins")
+    assert not layout["showlegend"]
 
 
 def test_labels_are_told_apart_by_folders_then_by_environments(tmp_path: Path) -> None:
-    homes = {"e1": "x/one", "e2": "x/two", "e3": "x/three", "e4": "y/one"}
-    runs = {name: windows_of(write_run(tmp_path / home, 5, seed=int(name == "e3"))) for name, home in homes.items()}
-    assert labels_of({name: runs[name] for name in ("e1", "e2", "e3")}) == {
-        "e1": "gravitar, seed 0 (one)",
-        "e2": "gravitar, seed 0 (two)",
-        "e3": "gravitar, seed 1",
-    }
-    assert labels_of({name: runs[name] for name in ("e1", "e4")}) == {"e1": "e1", "e4": "e4"}
+    one, two, three, four = (
+        write_run(tmp_path / home, 5, seed=int(home == "x/three")) for home in ("x/one", "x/two", "x/three", "y/one")
+    )
+    assert labels_of(views_of([one, two, three])) == [
+        "gravitar, seed 0 (one)",
+        "gravitar, seed 0 (two)",
+        "gravitar, seed 1",
+    ]
+    assert labels_of(views_of([one, four])) == [environment_name(one), environment_name(four)]
+    (three / "config.json").write_text("{")
+    assert labels_of(views_of([one, three])) == ["gravitar, seed 0", environment_name(three)]
+
+
+def test_a_comparison_escapes_the_names_of_folders(tmp_path: Path) -> None:
+    panes = compared(*(write_run(tmp_path / name, 5) for name in ("<i>&a", "<i>&b")))
+    assert "<i>" not in content(panes["runs"]) and "(&lt;i&gt;&amp;a)" in content(panes["runs"])
+    assert next(iter(lines(panes["epsilon-frames"]))) == "gravitar, seed 742 (&lt;i&gt;&amp;a): epsilon"
 
 
 def test_charts_in_other_units_are_not_mixed(tmp_path: Path) -> None:
-    atari = windows_of(write_run(tmp_path / "a", 5))
-    cartpole = windows_of(write_run(tmp_path / "b", 5, "cartpole", "CartPole-v1"))
-    merged = merge({"a": atari, "b": cartpole})
-    assert [window["title"] for window in merged] == ["Runs"]
-    assert "no chart in common" in merged[0]["content"]
+    atari = [write_run(tmp_path / f"a{seed}", 5, seed=seed) for seed in (1, 2)]
+    cartpole = [write_run(tmp_path / f"b{seed}", 5, "cartpole", "CartPole-v1", seed=seed) for seed in (1, 2)]
+    panes = compared(atari[0], cartpole[0])
+    assert [*panes] == ["runs"]
+    assert "no chart in common" in content(panes["runs"])
+    panes = compared(*atari, *cartpole)
+    for x, preset in (("frames", "gravitar"), ("environment-steps", "cartpole")):
+        assert [*lines(panes[f"epsilon-{x}"])] == [f"{preset}, seed {seed}: epsilon" for seed in (1, 2)]
+    assert len(panes) == len({pane["win"] for pane in panes.values()}) == 1 + 6 + 6
 
 
-def test_other_peoples_windows_are_compared_by_their_environments_names() -> None:
-    def window(y: list[float]) -> dict[str, Any]:
-        data = [{"type": "scatter", "x": [1, 2], "y": y, "name": "<a>"}, {"type": "heatmap", "z": [[1]]}]
-        return {"id": "window_1", "type": "plot", "title": "T", "content": {"data": data, "layout": {}}}
+def test_what_is_shown_has_a_new_revision_and_nothing_else_has(tmp_path: Path) -> None:
+    homes = [write_run(tmp_path / name, 50, seed=seed) for seed, name in enumerate("ab")]
+    views = views_of(homes)
+    comparison = ComparisonView(views)
 
-    text = {"id": "t", "type": "text", "title": "T", "content": "words"}
-    merged = merge({"one": {"w": window([1, math.nan]), "t": text}, "<two>": {"v": window([math.inf, 2])}})
-    assert [trace["y"] for trace in lines(merged[1]).values()] == [[1, None], [None, 2]]
-    assert [*lines(merged[1])] == ["one: &lt;a&gt;", "&lt;two&gt;: &lt;a&gt;"]
-    assert "<two>" not in merged[0]["content"]
-    assert merge({})[0]["title"] == "Runs"
-
-
-def test_what_is_shown_has_a_new_content_id_and_nothing_else_has(tmp_path: Path) -> None:
-    homes = {name: write_run(tmp_path / name, 50) for name in "ab"}
-    views = {name: RunView(home) for name, home in homes.items()}
-
-    def ids() -> dict[str, str]:
-        for view in views.values():
+    def changed() -> set[str]:
+        for view in views:
             view.update()
-        runs = {
-            name: {key: {**held(make(), revision), "i": i} for i, (key, revision, make) in enumerate(view.windows())}
-            for name, view in views.items()
-        }
-        return {window["title"]: window["contentID"] for window in merge(runs)}
+        before, now = dict(revisions), {key: revision for key, revision, _ in comparison.windows()}
+        revisions.update(now)
+        return {key for key in now if now[key] != before.get(key)}
 
-    before = ids()
-    assert ids() == before
-    with (homes["a"] / "metrics.csv").open("a") as file:
+    revisions: dict[str, object] = {}
+    assert len(changed()) == 7
+    assert changed() == set()
+    with (homes[0] / "metrics.csv").open("a") as file:
         file.write("1,99000,,,,,,,,,0.5,,,,,,\n")  # nothing but an epsilon
-    after = ids()
-    assert {title for title in before if before[title] != after[title]} == {"Epsilon"}
+    assert changed() == {"epsilon-frames"}
+    with lock(homes[1]):
+        assert changed() == {"runs"}
+    write_run(homes[1], 50, seed=5)
+    assert len(changed()) == 7, "it has another name"
 
 
 def test_many_runs_take_turns_with_the_colours(tmp_path: Path) -> None:
-    windows = windows_of(write_run(tmp_path / "a", 5))
-    merged = merge({f"e{i}": windows for i in range(10)})
-    colors = [trace["line"]["color"] for trace in lines(titled(merged, "Epsilon")).values()]
+    panes = compared(*(write_run(tmp_path / f"run{seed}", 5, seed=seed) for seed in range(10)))
+    colors = [trace["line"]["color"] for trace in lines(panes["epsilon-frames"]).values()]
     assert colors == [*COLORS, *COLORS[:2]]
-
-
-def test_a_merged_window_goes_through_the_server_unchanged(tmp_path: Path) -> None:
-    runs = {name: windows_of(write_run(tmp_path / name, 5)) for name in "ab"}
-    for window in merge(runs):
-        back = held(pane_of(window), window["contentID"])
-        assert {key: window[key] for key in back} == back
 
 
 # Drawn on a server.
@@ -191,8 +204,8 @@ def test_finished_runs_are_drawn_saved_and_compared(
         assert [*windows] == WINDOWS
         assert "finished" in windows["run"]["content"]
         assert ("episode 25, score 700" in windows["video"]["content"]) == film
-    compared = server.windows(names[2])
-    assert [*lines(compared["epsilon-compared"])] == [f"gravitar, seed {seed}: epsilon" for seed in (1, 2)]
+    held = server.windows(names[2])
+    assert [*lines(held["epsilon-frames"]["content"])] == [f"gravitar, seed {seed}: epsilon" for seed in (1, 2)]
     assert draw_runs([runs[1], runs[0]], server.url, say=str)[2] == urls[2], "the same runs, the same comparison"
     assert len(draw_runs([runs[0]], server.url, say=str)) == 1
 
@@ -206,12 +219,12 @@ def test_a_live_run_without_a_dashboard_is_followed_to_its_end(tmp_path: Path, s
         thread = threading.Thread(target=lambda: draw_runs(runs, server.url, say=said.append, period=0.1))
         thread.start()
         wait_until(lambda: len(said) == 4)
-        compared = said[2].rpartition("/")[2]
+        comparison = said[2].rpartition("/")[2]
         assert "running" in server.windows(name)["run"]["content"]
         append_metrics(runs[1], *range(10, 30))
         wait_until(lambda: len(server.trace(name, "epsilon", "epsilon")[0]) == 30)
         wait_until(
-            lambda: len(server.trace(compared, "epsilon-compared", "gravitar, seed 2: epsilon")[0]) == 30,
+            lambda: len(server.trace(comparison, "epsilon-frames", "gravitar, seed 2: epsilon")[0]) == 30,
         )
         assert thread.is_alive()
     thread.join(10)

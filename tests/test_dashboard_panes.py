@@ -13,8 +13,7 @@ from visdom_helpers import append_metrics, saved_at, write_run
 
 from gravitar_dqn.config import to_dict
 from gravitar_dqn.dashboard.board import Board
-from gravitar_dqn.dashboard.compare import state_of
-from gravitar_dqn.dashboard.panes import Pane, duration, log_axis, run_pane
+from gravitar_dqn.dashboard.panes import Pane, duration, log_axis, run_pane, state_of
 from gravitar_dqn.dashboard.view import RunView
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run.folder import lock
@@ -61,6 +60,12 @@ def test_the_run_window_has_a_word_and_a_colour_for_every_state(tmp_path: Path) 
         assert ("about" in content(pane)) == (state == "running")
     colors = [content(pane).split("color:")[2][:7] for pane in seen.values()]
     assert len(set(colors)) == 4
+
+
+@pytest.mark.parametrize("said", ["words", "<b data-state='odd'>", ""])
+def test_a_run_window_of_somebody_else_says_no_state(said: str) -> None:
+    assert state_of({"run": {"content": said}}) is None
+    assert state_of({"text": {"content": "<b data-state='died'>"}}) is None
 
 
 def test_the_run_window_escapes_what_people_wrote(tmp_path: Path) -> None:
@@ -162,7 +167,6 @@ def test_evaluations_are_a_line_of_the_score_where_there_will_be_some(tmp_path: 
         file.write("10000,4,250,1,2,3,4,5\n")
     view.update()
     assert (line()["x"], line()["y"], line()["mode"]) == ([20_000, 40_000], [200, 250], "lines+markers")
-    assert line()["meta"] == {"folder": "run", "label": "gravitar, seed 742", "compared": True}
     without = Board({"config": to_dict(replace(PRESETS["gravitar"], eval_every=0))})
     assert "evaluation" not in json.dumps(without.pane(without.charts[0]))
 

@@ -1,10 +1,9 @@
-"""Our server's own pages and what it does by itself: the list of runs, comparisons, runs that died; and no more."""
+"""What our server does by itself: it comes to say which runs have died; and it needs no more than it must."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -16,18 +15,16 @@ import pytest
 from faults import injected
 from visdom_helpers import ROOT, Server, append_metrics, environ, saved_at, wait_until, write_run
 
-from gravitar_dqn.charts import BLUE, ORANGE
-from gravitar_dqn.dashboard.compare import state_of
 from gravitar_dqn.dashboard.draw import draw_runs
-from gravitar_dqn.dashboard.pages import VISDOM_TITLE, entitled
+from gravitar_dqn.dashboard.panes import state_of
 from gravitar_dqn.dashboard.registry import environment_name, register, registered
 from gravitar_dqn.dashboard.thread import Dashboard
-from gravitar_dqn.dashboard.visdom_files import cache_dir, installed_visdom
+from gravitar_dqn.dashboard.visdom_files import cache_dir
 from gravitar_dqn.run.folder import lock
 
 HOLD = """
 import sys, time, pathlib
-from gravitar_dqn.run_dir import lock
+from gravitar_dqn.run.folder import lock
 with lock(pathlib.Path(sys.argv[1])):
     time.sleep(99)
 """
@@ -44,7 +41,6 @@ class Page:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.windows: dict[str, Any] = {}
-        self.commands: list[str] = []
         self.sid = ""
 
     def visit(self, what: Callable[[Page], Any]) -> None:
@@ -54,17 +50,14 @@ class Page:
             from tornado.websocket import websocket_connect
 
             socket = await websocket_connect(f"ws://127.0.0.1:{self.server.port}/socket")
-            self.send = socket.write_message
 
             async def read() -> None:
                 while (message := await socket.read_message()) is not None:
                     said = json.loads(message)
-                    self.commands.append(said["command"])
                     if said["command"] == "register":
                         self.sid = said["data"]
                     elif said["command"] == "window":
                         self.windows[said["id"]] = said
-                self.commands.append("lost")
 
             reading = asyncio.ensure_future(read())
             await self.until(lambda: self.sid)
@@ -84,41 +77,8 @@ class Page:
     async def ask(self, path: str) -> None:
         await asyncio.to_thread(self.server.post, path, {"sid": self.sid})
 
-    def curve(self, window: str, name: str) -> dict[str, Any]:
-        data = self.windows.get(window, {}).get("content", {}).get("data", [])
-        return next((trace for trace in data if trace["name"] == name), {"x": []})
 
-
-# The list of runs.
-
-
-def test_the_front_page_lists_runs_newest_first_and_how_they_stand(tmp_path: Path, server: Server) -> None:
-    assert "No run has been drawn here yet" in server.get("/")[2]
-    runs = [write_run(tmp_path / name, 10, seed=seed) for seed, name in enumerate(["older", "<i>&newer"])]
-    (runs[1] / "eval.json").write_text('{"mean": 2124.5, "episodes": 100}')
-    draw_runs(runs, server.url, say=str)
-    server.post("events", {"data": [{"type": "text", "content": "x"}], "win": "w", "layout": {}, "eid": "<b>else"})
-    with lock(runs[0]):
-        status, _, page = server.get("/")
-    assert status == 200 and "<title>runs</title>" in page
-    rows = re.findall(r"<tr>.*?</tr>", page)[1:]
-    assert ["newer" in row for row in rows] == [True, False]
-    cells = re.findall(r"<td[^>]*>(.*?)</td>", rows[0])
-    assert "&lt;i&gt;&amp;newer" in cells[1] and "<i>" not in page
-    assert f"env/{environment_name(runs[1])}" in cells[1]
-    assert cells[2:4] == ["gravitar", "1"]
-    assert cells[5:] == ["10,000", "0.2 min", "189.0", "2,124.5 (100 games)"]
-    assert "died" in cells[4] and "running" in rows[1], "as it is now, not as it was drawn"
-    assert "&lt;b&gt;else" in page and "<b>" not in page.split("Other pages")[1]
-    assert "compare-" in page and ">main<" not in page
-
-
-def test_a_run_whose_folder_went_is_listed_by_its_name(tmp_path: Path, server: Server) -> None:
-    run = write_run(tmp_path / "run", 10)
-    draw_runs([run], server.url, say=str)
-    run.rename(tmp_path / "elsewhere")
-    page = server.get("/")[2]
-    assert f"<li><a href='env/{environment_name(run)}'>" in page and "<tr>" not in page
+# Which runs the server knows.
 
 
 def test_the_registry_survives_what_lies_in_its_folder(tmp_path: Path) -> None:
@@ -141,72 +101,6 @@ def test_a_registry_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     (cache_dir() / "runs").write_text("a file")
     register(write_run(tmp_path / "run", 1))
     assert registered() == {}
-
-
-# Pages and their titles.
-
-
-def test_pages_have_titles_and_unknown_ones_lead_elsewhere(tmp_path: Path, server: Server) -> None:
-    runs = [write_run(tmp_path / name, 10, seed=seed) for seed, name in enumerate("ab")]
-    one, two, _ = [url.rpartition("/")[2] for url in draw_runs(runs, server.url, say=str)]
-    assert f"<title>{one}</title>" in server.get(f"/env/{one}")[2]
-    status, _, page = server.get(f"/compare/{one}+{two}")
-    assert status == 200 and f"<title>compare {one} + {two}</title>" in page
-    if installed_visdom()[1] == "0.2.4":  # later ones read the page's address
-        assert f"ACTIVE_ENV = '{one}+{two}'" in page
-    assert "<title>not-there-yet</title>" in server.get("/env/not-there-yet")[2]
-    for asked, leads in {
-        f"/compare/{one}+nowhere": f"/env/{one}",
-        f"/compare/{one}+{one}": f"/env/{one}",
-        f"/compare/{two}+x+{one}": f"/compare/{two}+{one}",
-        "/compare/x+y": "/",
-        "/env/<script>": "/",
-        "/env/a%5C'": "/",
-    }.items():
-        assert server.get(asked)[:2] == (302, leads), asked
-
-
-def test_a_title_is_escaped() -> None:
-    assert entitled(f"a {VISDOM_TITLE} b", "</title>").startswith("a <title>&lt;/title&gt;</title><script>")
-
-
-# Comparisons.
-
-
-def test_a_comparison_is_sent_in_colours_and_goes_on(tmp_path: Path, server: Server) -> None:
-    runs = [write_run(tmp_path / name, 10, seed=seed) for seed, name in enumerate("ab")]
-    one, two, _ = [url.rpartition("/")[2] for url in draw_runs(runs, server.url, say=str)]
-    names = ["gravitar, seed 0: epsilon", "gravitar, seed 1: epsilon"]
-
-    async def look(page: Page) -> None:
-        await page.ask(f"compare/{one}+{two}+nowhere")
-        await page.until(lambda: "layout" in page.commands)
-        assert [*page.windows][:2] == ["runs-compared", "score-compared"]
-        traces = [page.curve("epsilon-compared", name) for name in names]
-        assert [(len(trace["x"]), trace["line"]["color"]) for trace in traces] == [(10, BLUE), (10, ORANGE)]
-        sent = len(page.commands)
-        append_metrics(runs[1], 10)
-        await asyncio.to_thread(draw_runs, [runs[1]], server.url, say=str)
-        await page.until(lambda: len(page.curve("epsilon-compared", names[1])["x"]) == 11)
-        assert len(page.curve("epsilon-compared", names[0])["x"]) == 10
-        assert page.commands[sent:].count("window") <= 8, "only what changed, once"
-        # Its page closes windows of an environment that it does not have.
-        page.send(json.dumps({"cmd": "close", "data": "score-compared", "eid": None}))
-        del page.windows["score-compared"]
-        append_metrics(runs[1], 11)
-        await asyncio.to_thread(draw_runs, [runs[1]], server.url, say=str)
-        await page.until(lambda: len(page.curve("epsilon-compared", names[1])["x"]) == 12)
-        assert "score-compared" not in page.windows, "it stays closed"
-        await page.ask(f"env/{one}")  # and back to a run
-        await page.until(lambda: "settings" in page.windows)
-        assert "lost" not in page.commands
-
-    Page(server).visit(look)
-
-
-def test_only_a_page_that_is_open_can_ask_for_a_comparison(server: Server) -> None:
-    assert server.post("compare/main+main", {"sid": "somebody"}) == ""
-    assert server.post("env_state", {}) == ["main"]
 
 
 # Runs that ended without a word.

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -303,6 +304,38 @@ def test_a_server_that_cannot_start_says_why(
         f"warning: no dashboard: the browser files of visdom {version} could not be fetched (npm is not "
     )
     assert said.count("\n") == 1
+
+
+def test_the_front_page_is_visdoms_and_says_whose_server_it_is(server: Server) -> None:
+    with urllib.request.urlopen(server.url, timeout=5) as page:
+        assert page.headers["Server"] == visdom_server.OURS
+        assert b"<title>visdom</title>" in page.read()
+
+
+def test_pages_are_shown_to_a_user_without_a_name(tmp_path: Path, port: int) -> None:
+    nameless = textwrap.dedent(
+        """
+        import pwd
+        from gravitar_dqn.dashboard.visdom_server import serve
+
+        def getpwuid(uid):
+            raise KeyError(uid)
+
+        pwd.getpwuid = getpwuid
+        """
+    )
+    env = environ(tmp_path / "cache")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", f"{nameless}\nserve({port})"]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: probe(port) == "visdom", 30)
+            for path in ("", "env/main"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as page:
+                    assert page.status == 200
+        finally:
+            process.terminate()
 
 
 # What the server lets others do.

@@ -103,10 +103,9 @@ class Board:
 
     Args:
         record: what config.json holds, or as much of it as there is.
-        folder: the name of the run's folder; it travels with every curve, for comparisons.
     """
 
-    def __init__(self, record: Mapping[str, Any], folder: str = "") -> None:
+    def __init__(self, record: Mapping[str, Any]) -> None:
         self._frames_per_step = int(record.get("frames_per_step", 1))
         layout = layout_of(record, self._frames_per_step)
         self.charts, self._by_episode = layout.charts, layout.x == "episodes"
@@ -114,9 +113,6 @@ class Board:
         self._episode = -1
         frames = "frames" if self._frames_per_step > 1 else "environment steps"
         self.xlabel = "episodes" if self._by_episode else frames
-        self._meta = {"folder": folder}
-        if isinstance(settings := record.get("config"), Mapping) and {"preset", "seed"} <= settings.keys():
-            self._meta["label"] = f"{settings['preset']}, seed {settings['seed']}"
         self.traces = {(chart.key, line.name): Trace(line.reduce) for chart in self.charts for line in chart.lines}
 
     def add(self, source: str, row: Row) -> None:
@@ -174,7 +170,4 @@ class Board:
         # One point makes no line: show it as a dot until there is a second.
         mode = "markers" if len(xs) < 2 else "lines+markers" if line.markers else "lines"
         curve: Pane = {"type": "scatter", "name": line.name, "x": xs, "y": ys, "line": line.style, "mode": mode}
-        return curve | {
-            "marker": {"color": line.color, "size": 6},
-            "meta": {**self._meta, "compared": line.compared},
-        }
+        return curve | {"marker": {"color": line.color, "size": 6}}

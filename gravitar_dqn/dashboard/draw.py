@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gravitar_dqn.dashboard.compare import ComparisonView
 from gravitar_dqn.dashboard.connection import Drawer
 from gravitar_dqn.dashboard.panes import Window
 from gravitar_dqn.dashboard.registry import register
-from gravitar_dqn.dashboard.view import ComparisonView, RunView
+from gravitar_dqn.dashboard.view import RunView
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run.folder import load_run
 

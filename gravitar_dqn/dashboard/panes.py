@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,8 +26,8 @@ STATES = {
 }  # of a run: colour, and what it means
 
 
-def options(title: str) -> Pane:
-    return {"title": title, "width": WIDTH, "height": HEIGHT}
+def options(title: str, width: int = WIDTH, height: int = HEIGHT) -> Pane:
+    return {"title": title, "width": width, "height": height}
 
 
 def text_pane(key: str, title: str, content: str) -> Pane:
@@ -58,9 +59,15 @@ def nothing_yet(sentence: str) -> Pane:
 
 
 def state_badge(state: str) -> str:
-    """A run's state, in a word with its colour; the server reads it back from `data-state`."""
+    """A run's state, in a word with its colour; `state_of` reads it back from `data-state`."""
     color = STATES[state][0]
     return f"<b data-state='{state}' style='color:{color}'>&#9679; {state}</b>"
+
+
+def state_of(windows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The state that the Run window says, of an environment's windows as a server holds them; None without one."""
+    said = re.search(r"data-state='(\w+)'", str(windows.get("run", {}).get("content", "")))
+    return said[1] if said is not None and said[1] in STATES else None
 
 
 def run_pane(run: Standing | None) -> Pane:
@@ -78,7 +85,6 @@ def run_pane(run: Standing | None) -> Pane:
     return text_pane(
         "run",
         "Run",
-        "<a href='/' style='float:right;font-size:12px'>all runs</a>"  # on our own server; else to Visdom's first page
         f"<div style='font-size:17px'>{state_badge(run.state)}</div>"
         f"<div style='font-size:12px;color:#555;min-height:17px'>{meaning}</div>"
         f"<div><b>{html.escape(config.env.id)}</b>, {html.escape(run.label)}</div>"

@@ -1,19 +1,18 @@
-"""What is shown of a run, or of several beside each other: windows, brought up to the files of the runs' folders."""
+"""What is shown of a run: windows, brought up to the files of its folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gravitar_dqn.charts import Chart
 from gravitar_dqn.dashboard.board import Board
-from gravitar_dqn.dashboard.compare import held, merge, pane_of
 from gravitar_dqn.dashboard.panes import Pane, Window, run_pane, settings_pane, video_pane
 from gravitar_dqn.dashboard.registry import environment_name
 from gravitar_dqn.dashboard.tail import CsvTail
@@ -33,7 +32,7 @@ class RunView:
         self.environment = environment_name(run_dir)
         self.run: Standing | None = None  # None: config.json is not there, or not readable
         self._video_dir = video_dir
-        self._board = Board({})
+        self.board = Board({})
         self._boards = 0  # so far: a revision of one is not one of the next
         self._settings: dict[str, Any] = {}
         self._settings_time = 0  # st_mtime_ns of config.json
@@ -51,7 +50,7 @@ class RunView:
         for source, tail in self._tails.items():
             while rows := tail.read():
                 for row in rows:
-                    self._board.add(source, row)
+                    self.board.add(source, row)
                 if len(rows) > 100:  # a long history, of a resumed run: let the training thread have its share
                     time.sleep(0.02)
             if rows is None:
@@ -60,7 +59,7 @@ class RunView:
         return None
 
     def _start_over(self) -> None:
-        self._board = Board(self._settings, self.run_dir.resolve().name)
+        self.board = Board(self._settings)
         self._boards += 1
         for tail in self._tails.values():
             tail.rewind()
@@ -77,17 +76,18 @@ class RunView:
     def windows(self) -> Iterator[Window]:
         """Run, score and film first, where nobody has to scroll to; the settings last."""
         yield "run", self.run, partial(run_pane, self.run)
-        first, *rest = self.charts()
+        first, *rest = [
+            (chart.key, self.revision(chart), partial(self.board.pane, chart)) for chart in self.board.charts
+        ]
         yield first
         video = self._last_video()
         yield "video", video or self._settings_time, partial(_video, video[1] if video else None, self._no_film())
         yield from rest
         yield "settings", self._settings_time, partial(settings_pane, self._settings)
 
-    def charts(self) -> Iterator[Window]:
-        """The windows of its charts."""
-        for chart in self._board.charts:
-            yield chart.key, (self._boards, self._board.revision(chart)), partial(self._board.pane, chart)
+    def revision(self, chart: Chart) -> tuple[int, int]:
+        """Changes with every sample of the chart, and when the run's files are read from their start again."""
+        return self._boards, self.board.revision(chart)
 
     def _no_film(self) -> str:
         """What is said before there is a film: when there will be one."""
@@ -111,21 +111,3 @@ def _video(path: Path | None, otherwise: str) -> Pane:
     if path is None or match is None:
         return video_pane(otherwise, None)
     return video_pane(f"episode {int(match[1])}, score {match[2]}", path.read_bytes())
-
-
-class ComparisonView:
-    """The windows of several runs in one. Whoever owns the runs' views updates them."""
-
-    def __init__(self, views: Sequence[RunView]) -> None:
-        self._views = views
-        names = "+".join(sorted(view.environment for view in views))
-        self.environment = f"compare-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
-
-    def windows(self) -> Iterator[Window]:
-        for window in merge({view.environment: _held_of(view) for view in self._views}):
-            yield window["id"], window["contentID"], partial(pane_of, window)
-
-
-def _held_of(view: RunView) -> dict[str, dict[str, Any]]:
-    listed: list[Window] = [("run", view.run, partial(run_pane, view.run)), *view.charts()]
-    return {key: held(make(), revision) | {"i": i} for i, (key, revision, make) in enumerate(listed)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8097
 PORTS_TRIED = 10
-OURS = "gravitar_dqn"  # the HTTP header "Server" of our own server's front page
+OURS = "gravitar_dqn"  # the HTTP header "Server" of our own server's answers
 
 
 def probe(port: int, timeout: float = 1.0) -> Literal["visdom", "free", "taken"]:
@@ -158,6 +158,8 @@ def _application(port: int, static: Path) -> tornado.web.Application:
     # Visdom lets any web page that is open in the browser talk to it; tornado's own rule is "same origin only".
     for handler in (socket_handlers.SocketHandler, socket_handlers.VisSocketHandler):
         setattr(handler, "check_origin", tornado.websocket.WebSocketHandler.check_origin)  # noqa: B010
+    # Visdom 0.2.4 fails to show a page where the user has no name, in a container say.
+    os.environ.setdefault("LOGNAME", "nobody")
     environments = str(cache_dir() / "environments") + os.sep
     application: tornado.web.Application = visdom.Application(port=port, env_path=environments)  # type: ignore[no-untyped-call]
     application.settings["debug"] = False
