@@ -140,10 +140,7 @@ def _lay_out(destination: Path, data: bytes, row: dict[str, str]) -> None:
 
 
 def _fill_by_visdom(root: Path) -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from visdom.server.build import download_scripts; download_scripts(install_dir=sys.argv[1])"
-    )
+    code = "import sys; from visdom.server.build import download_scripts; download_scripts(install_dir=sys.argv[1])"
     output = _run([sys.executable, "-c", code, str(root)], cwd=root)
     if "while downloading" in output:  # it logs a failed file and goes on
         raise subprocess.SubprocessError(output)

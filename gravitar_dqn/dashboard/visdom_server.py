@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import http.client
+import importlib.abc
 import logging
 import os
 import signal
@@ -137,10 +138,20 @@ def serve(port: int = DEFAULT_PORT) -> None:
             server.stop()  # the port is free before the lock is
 
 
+class WithoutTorch(importlib.abc.MetaPathFinder):
+    """Makes `import torch` fail: Visdom would load it for nothing, which takes a second and 200 MB.
+
+    None in `sys.modules` would do so too, but scipy 1.18, which Visdom loads, takes that for torch itself.
+    """
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "torch":
+            raise ModuleNotFoundError("the dashboard's server does without torch", name=fullname)
+
+
 def _application(port: int, static: Path) -> tornado.web.Application:
     """Visdom's server with our files, and without what only its developers need."""
-    # Visdom's import would load torch for nothing: a second and 200 MB.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, WithoutTorch())
     import tornado.websocket
     from visdom.server import app as visdom
     from visdom.server.handlers import socket_handlers
