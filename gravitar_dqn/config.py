@@ -277,6 +277,11 @@ class RunConfig:
         """Steps that are played before the first gradient step."""
         return 0
 
+    @property
+    def counts_episodes(self) -> bool:
+        """Whether schedules run by episodes, as the notebook's did; its charts do too then."""
+        return False
+
     def check(self) -> None:
         """Raise UserError for settings that do not go together."""
 
@@ -305,6 +310,11 @@ class DQNRunConfig(RunConfig):
     def first_update(self) -> int:
         """Steps that are played before the first gradient step."""
         return max(self.agent.learning_starts, self.agent.n_step * self.env.num_envs)
+
+    @property
+    def counts_episodes(self) -> bool:
+        """Whether schedules run by episodes."""
+        return self.agent.clock == "episodes"
 
     def check(self) -> None:
         """Raise UserError for a replay buffer in which learning would never begin."""

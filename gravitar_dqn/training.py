@@ -125,6 +125,7 @@ def follow(
                 execution=choose_execution(distributed.share_of(config).execution, agent.device),
                 frames_per_step=spec.frames_per_step,
                 ranks=distributed.size(),
+                metrics=list(agent.measured),
             )
             tracker = Tracker(run_dir, config, agent, spec.frames_per_step, state.get("tracker"))
             console = Console(agent, state.get("console"))

@@ -452,9 +452,9 @@ def test_help_answers_within_a_second(name: str) -> None:
 def test_help_loads_neither_torch_nor_the_games() -> None:
     code = (
         "import sys, atexit\n"
-        "from gravitar_dqn import cli\n"
+        "from gravitar_dqn.cli import commands\n"
         "atexit.register(lambda: print('loaded', *sys.modules))\n"
-        "cli.run(commands.train_command, ['notebook', '--help'], 'train.py')\n"
+        "commands.run(commands.train_command, ['notebook', '--help'], 'train.py')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.rpartition("loaded")[2].split())

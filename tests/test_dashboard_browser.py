@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from visdom_helpers import Server, append_metrics, pretend_prepared, saved_at, wait_until, write_run
 
-from gravitar_dqn.charts import BLUE, ORANGE
+from gravitar_dqn.dashboard.charts import BLUE, ORANGE
 from gravitar_dqn.dashboard.draw import draw_runs
 from gravitar_dqn.dashboard.thread import Dashboard
 from gravitar_dqn.dashboard.visdom_files import prepared_files

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from visdom_helpers import WINDOWS, Server, append_metrics, pretend_prepared, saved_at, wait_until, write_run
 
-from gravitar_dqn.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.dashboard import draw
+from gravitar_dqn.dashboard.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.dashboard.compare import COLORS, ComparisonView, labels_of
 from gravitar_dqn.dashboard.draw import draw_runs
 from gravitar_dqn.dashboard.panes import Pane

@@ -328,7 +328,7 @@ def test_a_restart_finds_the_run_that_has_no_given_name(tmp_path: Path, monkeypa
 
 
 def test_torchruns_have_names_of_their_own() -> None:
-    code = "from gravitar_dqn.processes import torchrun_name as name; print(name())"
+    code = "from gravitar_dqn.runtime.processes import torchrun_name as name; print(name())"
     env = {**environment(), "TORCHELASTIC_RUN_ID": "none"}
     same = {subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for _ in range(2)}
     assert len(same) == 1, "processes that the same one has started do not agree"

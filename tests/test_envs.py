@@ -318,7 +318,8 @@ def test_without_a_desktop_games_and_films_print_nothing(game: str, driver: str 
     code = f"""
 import os
 from gravitar_dqn.config import EnvSettings
-from gravitar_dqn.envs import make_envs, make_recorded_env
+from gravitar_dqn.envs import make_envs
+from gravitar_dqn.envs.single import make_recorded_env
 config, shown = EnvSettings(id="{game}", num_envs=1), []
 make_recorded_env(config, shown.append)[0].reset(seed=1)
 make_envs(config).reset(seed=1)

@@ -343,7 +343,7 @@ def test_bf16_and_fp32_choose_the_same_actions_and_have_the_same_loss() -> None:
         exact = network(stacks)
         with torch.autocast("cpu", torch.bfloat16):
             fast = network(stacks)
-    losses = [losses.td_loss(q, actions, targets, weights)[0].item() for q in (exact, fast)]
+    found = [losses.td_loss(q, actions, targets, weights)[0].item() for q in (exact, fast)]
     assert exact.argmax(1).unique().numel() > 3
     assert (exact.argmax(1) == fast.argmax(1)).float().mean() >= 0.99
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

@@ -15,7 +15,6 @@ from gravitar_dqn.agents import REGISTRY
 from gravitar_dqn.agents.base import Agent, AgentEntry, Insight, Means
 from gravitar_dqn.benchmark.contenders import Ours
 from gravitar_dqn.benchmark.worker import _play_for
-from gravitar_dqn.charts import SCORE, Chart, Layout, Line
 from gravitar_dqn.cli import commands
 from gravitar_dqn.config import EnvSettings, RunConfig, bounded
 from gravitar_dqn.dashboard.board import Board
@@ -81,7 +80,6 @@ ENTRY = AgentEntry(
     make=ToyAgent,
     make_policy=lambda config, spec: nn.Linear(spec.obs_shape[0], spec.num_actions),
     action_scores=lambda network, obs, generator: network(obs),
-    charts=lambda config, frames_per_step: Layout((SCORE, Chart("toy", "Toy", "loss", (Line("loss", "toy_loss"),)))),
     make_look=lambda config, spec, network, state: lambda obs: Insight("reward", network(obs)[0].detach().numpy()),
 )
 
@@ -126,13 +124,13 @@ def test_it_is_watched_with_what_it_sees() -> None:
     assert [path.suffix for path in Path("videos/run").iterdir()] == [".mp4"]
 
 
-def test_the_dashboard_draws_its_charts() -> None:
+def test_the_dashboard_draws_its_metric_without_knowing_it() -> None:
     assert train("toy", "--total-steps", 100, "--run-dir", "run") == 0
     board = Board(json.loads(Path("run/config.json").read_text()))
     for row in rows(Path("run/metrics.csv")):
         board.add("metrics", row)
-    assert [chart.title for chart in board.charts] == ["Score", "Toy"]
-    assert len(board.pane(board.charts[1])["data"][0]["y"]) > 30
+    assert [chart.title for chart in board.charts] == ["Score", "Speed", "Replay buffer", "toy_loss"]
+    assert len(board.pane(board.charts[-1])["data"][0]["y"]) > 30
 
 
 def test_the_benchmark_plays_it() -> None:

@@ -135,7 +135,7 @@ import resource, signal
 import numpy as np
 from pathlib import Path
 from gravitar_dqn.errors import UserError
-from gravitar_dqn.recording import mp4_writer
+from gravitar_dqn.evaluation.video import mp4_writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 pictures = np.random.default_rng(0).integers(0, 255, (20, 210, 160, 3), dtype=np.uint8)  # about 320 kB of film

@@ -33,7 +33,7 @@ def test_the_last_row_is_the_last_whole_one(tmp_path: Path) -> None:
 def test_a_lock_is_seen_from_another_process_and_left_alone(tmp_path: Path) -> None:
     assert not is_held(tmp_path)
     assert not (tmp_path / "lock").exists(), "looking makes no file"
-    code = "import sys; from pathlib import Path; from gravitar_dqn.run_dir import is_held; "
+    code = "import sys; from pathlib import Path; from gravitar_dqn.run.folder import is_held; "
     code += "print(is_held(Path(sys.argv[1])))"
     with lock(tmp_path):
         said = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)

@@ -28,6 +28,7 @@ METRICS = (
     "wall_seconds,global_step,frames,num_updates,episodes,sps,return_mean,return_min,return_max,int_reward_mean,epsilon,"
     "td_loss,rnd_loss,q_mean,buffer_fill,int_reward_max,samples_per_second"
 )
+MEASURED = "td_loss q_mean buffer_fill learning_rate epsilon".split()  # by the preset's agent
 WINDOWS = ["run", "score", "video", "loss", "q_mean", "epsilon", "speed", "buffer", "settings"]
 
 
@@ -130,13 +131,13 @@ def metrics_row(tick: int) -> str:
         "return_mean": score if tick > 3 else math.nan,
         "return_min": max(0, score - 400) if tick > 3 else math.nan,
         "return_max": score + 700 + noise.gauss(0, 80) if tick > 3 else math.nan,
-        "int_reward_mean": 0.5 * math.exp(-tick / 900),
+        "int_reward_mean": math.nan,  # the preset has no curiosity
         "epsilon": max(0.01, 1 - tick / 800),
         "td_loss": 0.01 * math.exp(-tick / 2000 + noise.gauss(0, 0.3)),
-        "rnd_loss": 0.5 * math.exp(-tick / 600 + noise.gauss(0, 0.1)),
+        "rnd_loss": math.nan,
         "q_mean": 1.2 * (1 - math.exp(-tick / 1000)),
         "buffer_fill": min(1, tick / 1000),
-        "int_reward_max": 1.5 * math.exp(-tick / 900) + 0.3 * noise.random(),
+        "int_reward_max": math.nan,
         "samples_per_second": 5120 + noise.gauss(0, 100),
     }
     return ",".join(str(cells[name]) for name in METRICS.split(","))
@@ -152,6 +153,7 @@ def write_run(
     config = replace(config, env=replace(config.env, id=env_id), **settings)
     record = {"preset": preset, "config": to_dict(config), "commit": "abc1234", "device": "cpu (two cores)"}
     record["frames_per_step"] = 4 if env_id.startswith("ALE/") else 1
+    record["metrics"] = MEASURED if preset == "gravitar" else []
     (run_dir / "config.json").write_text(json.dumps(record))
     games = [f"{2000 * game},{random.Random(game).randrange(0, 40) * 50},{500}" for game in range(1, ticks // 2 + 1)]
     (run_dir / "metrics.csv").write_text("\n".join([METRICS, *map(metrics_row, range(ticks)), ""]))

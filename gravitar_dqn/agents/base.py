@@ -13,7 +13,6 @@ from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn import losses
-from gravitar_dqn.charts import Layout
 from gravitar_dqn.config import RunConfig
 from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.replay import Bools, ReplayBuffer
@@ -48,8 +47,6 @@ class AgentEntry:
     """(config, spec) -> the network that acts, with fresh weights; those of `policy_state` fit it."""
     action_scores: Callable[[nn.Module, Tensor, torch.Generator], Tensor]
     """(that network, obs (N, *obs_shape), random numbers) -> (N, A); the action is the one with the largest."""
-    charts: Callable[[Any, int], Layout]
-    """(config, emulator frames in a step) -> what the dashboard draws."""
     make_look: Callable[[Any, EnvSpec, nn.Module, Mapping[str, Any] | None], Look]
     """(config, spec, the network that acts, a checkpoint's state or None) -> what is shown beside a film."""
 
@@ -199,6 +196,11 @@ class Agent:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
+        """The columns of its metrics; those of parts that are not built stay empty."""
+        return self.measured
+
+    @property
+    def measured(self) -> tuple[str, ...]:
         """The names in `metrics`."""
         return (*(name for means in self._means for name in means.names), *self._present_metrics())
 

@@ -12,25 +12,6 @@ from torch import Tensor, nn
 
 from gravitar_dqn import losses
 from gravitar_dqn.agents.base import Agent, AgentEntry, Array, Insight, Look, Means, Stateful
-from gravitar_dqn.charts import (
-    BUFFER,
-    EPSILON,
-    GREEN,
-    INT_REWARD,
-    LIGHT_BLUE,
-    LOG,
-    NO_BONUS,
-    NO_GAME,
-    OF_CURIOSITY,
-    ORANGE,
-    SCORE,
-    Chart,
-    Layout,
-    Line,
-    learning_starts,
-    speed_chart,
-    without,
-)
 from gravitar_dqn.config import DQNRunConfig
 from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import make_q_network
@@ -102,7 +83,7 @@ class DQNAgent(Agent):
     @property
     def clock(self) -> int:
         """Now, in the unit of `agent.clock`: agent steps or episodes."""
-        return self.global_step if self.config.agent.clock == "steps" else self.episodes
+        return self.episodes if self.config.counts_episodes else self.global_step
 
     def _schedule(self, ends: Tensor) -> Tensor:
         settings = self.config.agent
@@ -291,34 +272,6 @@ class DQNAgent(Agent):
 
 # ---------------------------------------------------------------- what the rest of the package asks
 
-NOTEBOOK_SCORE = (
-    Line("val", "episodic_return", LIGHT_BLUE, source="episodes"),
-    Line("average", "average", source="marks"),
-    Line("max", "max", ORANGE, source="marks", reduce="max"),
-    Line("min", "min", GREEN, source="marks", reduce="min"),
-)
-
-
-def charts(config: DQNRunConfig, frames_per_step: int) -> Layout:
-    """What the dashboard draws; a run that counts in episodes is drawn as the notebook was."""
-    later = learning_starts(config.first_update)
-    never = OF_CURIOSITY if config.rnd.coef == 0 else ()
-    if config.agent.clock == "episodes":
-        int_reward, epsilon = (Line("average", "int_reward_mean"),), (Line("epsilon", "epsilon"),)
-        notebook = (
-            Chart("score", "Score", "score", NOTEBOOK_SCORE, empty=NO_GAME),
-            Chart("int_reward", "Average Intrinsic Reward", "bonus", int_reward, empty=NO_BONUS),
-            Chart("epsilon", "Epsilon", "epsilon", epsilon),
-            Chart("rnd_loss", "RND Loss", "loss", (Line("loss", "rnd_loss"),), empty=later),
-            Chart("loss", "Network Loss", "loss", (Line("loss", "td_loss"),), empty=later),
-            Chart("q_mean", "Expected Return", "mean Q", (Line("value", "q_mean"),), empty=later),
-        )
-        return Layout(without(notebook, never), x="episodes")
-    losses = (Line("TD", "td_loss"), Line("RND predictor", "rnd_loss", ORANGE))
-    loss = Chart("loss", "Loss", "loss (log)", losses, LOG, later)
-    q_mean = Chart("q_mean", "Expected return", "mean Q", (Line("mean Q", "q_mean"),), empty=later)
-    return Layout(without((SCORE, INT_REWARD, loss, q_mean, EPSILON, speed_chart(frames_per_step), BUFFER), never))
-
 
 def make_look(config: DQNRunConfig, spec: EnvSpec, network: nn.Module, state: Mapping[str, Any] | None) -> Look:
     """Q values of an observation and, from a checkpoint's state, its bonus."""
@@ -338,6 +291,5 @@ ENTRY = AgentEntry(
     make=DQNAgent,
     make_policy=lambda config, spec: make_q_network(spec, config.agent),
     action_scores=lambda network, obs, generator: network(obs),
-    charts=charts,
     make_look=make_look,
 )

@@ -25,7 +25,7 @@ from gravitar_dqn.agents.ppo_parts import (
     optimizer_maker,
     replay_steps,
 )
-from gravitar_dqn.agents.ppo_views import METRICS, charts, make_look
+from gravitar_dqn.agents.ppo_views import METRICS, make_look
 from gravitar_dqn.config import PPORunConfig
 from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
@@ -101,8 +101,8 @@ class PPOAgent(Agent):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Also those of parts that are not built: their columns stay empty."""
-        return tuple(dict.fromkeys([*super().metric_names, *METRICS]))
+        """Also those of parts that are not built."""
+        return tuple(dict.fromkeys([*self.measured, *METRICS]))
 
     def _make_means(self) -> None:
         learned = "policy_loss value_loss_ext entropy approx_kl clip_fraction".split()
@@ -343,6 +343,5 @@ ENTRY = AgentEntry(
     make=PPOAgent,
     make_policy=lambda config, spec: make_actor_critic(spec),
     action_scores=lambda network, obs, generator: losses.gumbel_scores(network(obs)[0], generator),
-    charts=charts,
     make_look=make_look,
 )

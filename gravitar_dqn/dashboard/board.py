@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from gravitar_dqn.agents import entry_of
-from gravitar_dqn.charts import BUFFER, EVALUATION, SCORE, Chart, Layout, Line, Reduce, speed_chart
+from gravitar_dqn.dashboard.charts import ALWAYS, NOT_DRAWN, NOTEBOOK, Chart, Line, Reduce, charts
 from gravitar_dqn.dashboard.panes import Pane, log_axis, nothing_yet, options
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import from_dict
@@ -83,21 +83,6 @@ def _short(value: float) -> float:
 MARK_EVERY = 100  # episodes between the notebook's marks of average, max and min
 
 
-def layout_of(record: Mapping[str, Any], frames_per_step: int) -> Layout:
-    """The charts of a run's agent; those that every agent has where the settings cannot be read."""
-    try:
-        config = from_dict(record.get("config", {}))
-    except UserError:
-        return Layout((SCORE, speed_chart(frames_per_step), BUFFER))
-    layout = entry_of(config).charts(config, frames_per_step)
-    if config.eval_every == 0:
-        return layout
-    with_evaluations = (
-        replace(chart, lines=(*chart.lines, EVALUATION)) if chart.key == SCORE.key else chart for chart in layout.charts
-    )
-    return replace(layout, charts=tuple(with_evaluations))
-
-
 class Board:
     """The charts of one run and what they hold so far.
 
@@ -107,24 +92,48 @@ class Board:
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self._frames_per_step = int(record.get("frames_per_step", 1))
-        layout = layout_of(record, self._frames_per_step)
-        self.charts, self._by_episode = layout.charts, layout.x == "episodes"
+        self._by_episode, self._no_learning = False, "drawn when learning begins"
+        with suppress(UserError):  # settings of another version
+            config = from_dict(record.get("config", {}))
+            self._by_episode = config.counts_episodes
+            self._no_learning = f"learning begins after {config.first_update:,} steps"
+        self._measured = ALWAYS | set(record.get("metrics", ()))  # columns that have values, or will
+        self._charts = list(NOTEBOOK if self._by_episode else charts(self._frames_per_step))
         self._games: list[float] = []  # scores since the last mark
         self._episode = -1
         frames = "frames" if self._frames_per_step > 1 else "environment steps"
         self.xlabel = "episodes" if self._by_episode else frames
-        self.traces = {(chart.key, line.name): Trace(line.reduce) for chart in self.charts for line in chart.lines}
+        self.traces = {(chart.key, line.name): Trace(line.reduce) for chart in self._charts for line in chart.lines}
+
+    @property
+    def charts(self) -> list[Chart]:
+        """The charts with the lines that have data, or will."""
+        drawn = ((chart, tuple(line for line in chart.lines if self._is_drawn(chart, line))) for chart in self._charts)
+        return [replace(chart, lines=lines) for chart, lines in drawn if lines]
+
+    def _is_drawn(self, chart: Chart, line: Line) -> bool:
+        will_have = line.source in ("episodes", "marks") or (line.source == "metrics" and line.column in self._measured)
+        return will_have or self.traces[chart.key, line.name].count > 0
 
     def add(self, source: str, row: Row) -> None:
         """Take a row of `metrics`, `episodes` or `evaluations`; cells may be missing or NaN."""
         if source == "episodes":
             self._episode += 1
+        if source == "metrics" and not self._by_episode:
+            self._add_charts(row)
         if not self._by_episode:
             return self._plot(source, row.get("global_step", math.nan) * self._frames_per_step, row)
         self._plot(source, self._episode if source == "episodes" else row.get("episodes", math.nan), row)
         if source == "episodes":
             self._mark(row.get("episodic_return", math.nan))
         return None
+
+    def _add_charts(self, row: Row) -> None:
+        """A plain chart for every column with a value that no chart has."""
+        known = NOT_DRAWN | {line.column for chart in self._charts for line in chart.lines}
+        for column in [name for name, value in row.items() if name not in known and math.isfinite(value)]:
+            self._charts.append(Chart(column, column, "", (Line(column, column),)))
+            self.traces[column, column] = Trace()
 
     def _mark(self, score: float) -> None:
         self._games.append(score)
@@ -134,7 +143,7 @@ class Board:
             self._plot("marks", self._episode, marks)
 
     def _plot(self, source: str, x: float, row: Row) -> None:
-        for chart in self.charts:
+        for chart in self._charts:
             for line in chart.lines:
                 if line.source == source:
                     self.traces[chart.key, line.name].add(x, line.scale * row.get(line.column, math.nan))
@@ -162,7 +171,7 @@ class Board:
             "uirevision": "kept",  # a person's zoom and hidden traces outlive the next drawing
         }
         if not any(trace["x"] for trace in data):
-            empty = nothing_yet(chart.empty)
+            empty = nothing_yet(chart.empty or self._no_learning)
             layout |= {**empty, "xaxis": {**layout["xaxis"], **empty["xaxis"]}}  # its title tells what it counts
         return {"data": data, "win": chart.key, "layout": layout, "opts": options(chart.title)}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gravitar_dqn.charts import BLUE, GREEN, ORANGE, PURPLE, Chart, Line
+from gravitar_dqn.dashboard.charts import BLUE, GREEN, ORANGE, PURPLE, Chart, Line
 from gravitar_dqn.dashboard.panes import Pane, Window, log_axis, options, state_badge, text_pane
 from gravitar_dqn.dashboard.view import RunView
 

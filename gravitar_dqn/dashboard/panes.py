@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gravitar_dqn.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.config import flatten
+from gravitar_dqn.dashboard.charts import BLUE, GREEN, ORANGE
 from gravitar_dqn.run.status import Standing
 
 Pane = dict[str, Any]

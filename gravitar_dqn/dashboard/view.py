@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gravitar_dqn.charts import Chart
 from gravitar_dqn.dashboard.board import Board
+from gravitar_dqn.dashboard.charts import Chart
 from gravitar_dqn.dashboard.panes import Pane, Window, run_pane, settings_pane, video_pane
 from gravitar_dqn.dashboard.registry import environment_name
 from gravitar_dqn.dashboard.tail import CsvTail
