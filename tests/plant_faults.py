@@ -66,7 +66,6 @@ GUARDS = {
     "agents/ppo.py": f"{PPO_TESTS} resume",
     "benchmark/": "benchmark new_agent",
     "benchmark/peers.py": "benchmark execution",
-    "charts.py": "dashboard dashboard_panes dashboard_compare new_agent",
     "cli/": "cli config evaluation evaluator trained player recording runs",
     "config.py": "config cli resume trained",
     "dashboard/": "dashboard dashboard_panes dashboard_compare dashboard_server",
