@@ -14,7 +14,7 @@ from ppo_helpers import PICTURE_TASKS, PPO_RND, VECTOR_TASKS, build, learn, sett
 
 from gravitar_dqn.agents.auxiliary_tasks import TASKS
 from gravitar_dqn.agents.ppo import PPOAgent
-from gravitar_dqn.agents.ppo_parts import Rollout
+from gravitar_dqn.agents.rollout import Rollout
 from gravitar_dqn.config import TaskSettings
 from gravitar_dqn.encoders import NatureCNN, RamMLP
 from gravitar_dqn.errors import UserError

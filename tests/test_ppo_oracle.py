@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn.agents.auxiliary_tasks import TASKS, make_task_heads, task_weights
 from gravitar_dqn.agents.ppo import PPOAgent
-from gravitar_dqn.agents.ppo_parts import Networks
+from gravitar_dqn.agents.rollout import Networks
 from gravitar_dqn.config import PPORNDSettings, PPORunConfig, TaskSettings
 from gravitar_dqn.encoders import NatureCNN
 from gravitar_dqn.envs.spec import EnvSpec

@@ -9,14 +9,17 @@ Shapes: T steps of a rollout, B environments, N rows of a minibatch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from line_profiler import profile
 from torch import Tensor, nn
 
 from gravitar_dqn import losses
-from gravitar_dqn.agents.auxiliary_tasks import AuxiliaryTasks, task_weights
-from gravitar_dqn.agents.base import Agent, AgentEntry, Array, Means, Stateful
-from gravitar_dqn.agents.ppo_parts import (
+from gravitar_dqn.agents.auxiliary_tasks import TASKS, AuxiliaryTasks, task_weights
+from gravitar_dqn.agents.base import Agent, AgentEntry, Array, Insight, Look, Means, Stateful
+from gravitar_dqn.agents.rollout import (
     MakeOptimizer,
     Networks,
     Rollout,
@@ -25,7 +28,6 @@ from gravitar_dqn.agents.ppo_parts import (
     optimizer_maker,
     replay_steps,
 )
-from gravitar_dqn.agents.ppo_views import METRICS, make_look
 from gravitar_dqn.config import PPORunConfig
 from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.networks import ActorCritic, make_actor_critic
@@ -33,6 +35,12 @@ from gravitar_dqn.replay import Bools, ReplayBuffer
 from gravitar_dqn.rnd import RND, TRAINED_ENVS
 from gravitar_dqn.runtime import distributed
 from gravitar_dqn.runtime.execution import prepare_optimizer, set_learning_rate
+
+METRICS = (
+    *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction".split(),
+    *(f"{task}_loss" for task in TASKS),
+    *"int_return_mean explained_variance_ext explained_variance_int learning_rate".split(),
+)  # of its own, beside those that every run has
 
 
 class PPOAgent(Agent):
@@ -337,6 +345,29 @@ class PPOAgent(Agent):
 
 
 # ---------------------------------------------------------------- what the rest of the package asks
+
+
+def make_look(config: PPORunConfig, spec: EnvSpec, network: nn.Module, state: Mapping[str, Any] | None) -> Look:
+    """Probabilities of the actions and, from a checkpoint's state, bonus and pixel control."""
+    assert isinstance(network, ActorCritic)
+    policy, rnd, heads = network, None, nn.ModuleDict()
+    if state is not None:
+        networks = make_networks(config, spec)
+        heads = networks.heads
+        heads.load_state_dict({k.removeprefix("heads."): v for k, v in state["tasks"].items() if "heads." in k})
+        if networks.rnd is not None:
+            rnd = RND(*networks.rnd, spec, config.env.num_envs, gamma=config.rnd.gamma, init_updates=0)
+            rnd.load_state_dict(state["rnd"])
+
+    @torch.no_grad()
+    def look(obs: Tensor) -> Insight:
+        features = policy.trunk(obs)
+        probabilities = policy.heads(features)[0].softmax(dim=1)[0].numpy()
+        bonus = None if rnd is None else rnd.bonus(obs).item()
+        cells = heads["pixel_control"](features)[0].amax(dim=0).numpy() if "pixel_control" in heads else None
+        return Insight("probability", probabilities, bonus, cells)
+
+    return look
 
 
 ENTRY = AgentEntry(

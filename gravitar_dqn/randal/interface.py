@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gravitar_dqn import losses
 from gravitar_dqn.agents.auxiliary_tasks import make_task_heads
-from gravitar_dqn.agents.ppo_parts import Networks
+from gravitar_dqn.agents.rollout import Networks
 from gravitar_dqn.envs.spec import RAM_BYTES, EnvSpec
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import ActorCritic
