@@ -47,7 +47,7 @@ class EnvSettings:
     num_envs: int = bounded(128, low=1)
     """Games played side by side."""
     num_threads: int = bounded(0)
-    """Emulator threads; 0 takes one for each core."""
+    """Emulator threads; 0 takes one for each core. (free)"""
     sticky_actions: float = bounded(0.25, high=1)
     """Probability that the emulator repeats the last action instead of the chosen one."""
     noop_max: int = bounded(30)
@@ -374,7 +374,8 @@ class PPORunConfig(RunConfig):
 
 FREE_FIELDS = frozenset(
     "total_steps total_episodes total_minutes device threads precision execution log_seconds dashboard video_every "
-    "video_dir eval_every eval_episodes checkpoint_minutes checkpoint_replay keep_checkpoints rank_timeout".split()
+    "video_dir eval_every eval_episodes checkpoint_minutes checkpoint_replay keep_checkpoints rank_timeout "
+    "env.num_threads".split()
 )
 
 

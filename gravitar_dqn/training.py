@@ -25,7 +25,7 @@ from gravitar_dqn.evaluation.video import Recorder
 from gravitar_dqn.loop import Episode, Observer, Timer, can_overlap, play
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run import checkpoint
-from gravitar_dqn.run.folder import begun_by, cannot_be_written, check_free, lock, removed_after_errors, write_config
+from gravitar_dqn.run.folder import cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.run.logs import show_log, speaks
 from gravitar_dqn.run.telemetry import Console, Tracker
 from gravitar_dqn.runtime import distributed
@@ -39,7 +39,7 @@ from gravitar_dqn.runtime.execution import (
     keep_freed_memory,
     use_threads,
 )
-from gravitar_dqn.runtime.processes import Stop, command_line, torchrun_name
+from gravitar_dqn.runtime.processes import Stop, command_line
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +201,20 @@ def doubts(config: RunConfig) -> Iterator[str]:
         )
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> int:
+def train(
+    config: RunConfig, run_dir: Path, *, resume: bool = False, auto: bool = False, show_times: bool = False
+) -> int:
     """Train until `total_steps`, `total_episodes`, `total_minutes` or Ctrl-C, and save.
 
-    `resume` goes on from the newest checkpoint. `show_times` prints at the end where the time went. Returns the
-    process's exit code: 0 at the end, 128 and its number after a signal.
+    Args:
+        config: the run's settings.
+        run_dir: the run's folder; ranks other than 0 do not look at it.
+        resume: resume from the newest checkpoint.
+        auto: a run that is complete is no error.
+        show_times: print at the end where the time went.
+
+    Returns:
+        The process's exit code: 0 at the end, 128 and its number after a signal.
     """
     show_log()
     if config.dashboard not in ("auto", "off"):
@@ -214,7 +223,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times:
     with distributed.joined(config):
         if distributed.rank() > 0:
             return help_train(config)
-        return lead(config, run_dir, resume=resume, show_times=show_times)
+        return lead(config, run_dir, resume=resume, auto=auto, show_times=show_times)
 
 
 def help_train(config: RunConfig) -> int:
@@ -240,7 +249,7 @@ def help_train(config: RunConfig) -> int:
         raise
 
 
-def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: bool = False) -> int:
+def lead(config: RunConfig, run_dir: Path, *, resume: bool, auto: bool, show_times: bool) -> int:
     """Train alone, or as rank 0, as `train` says."""
     with lock(run_dir):
         damaged: list[checkpoint.NotWhole] = []
@@ -257,14 +266,15 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool = False, show_times: 
                 restore(agent, learned, run_dir)
                 del learned
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
-                    if begun_by(run_dir, torchrun_name()):  # a rank was lost when all was saved
-                        log.info("%s is complete", run_dir)
-                        distributed.same({})  # the others wait for it
-                        return 0
-                    raise UserError(
+                    complete = (
                         f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
                         "a higher --total-steps, --total-episodes or --total-minutes goes on"
                     )
+                    if not auto:
+                        raise UserError(complete)
+                    log.info(complete)
+                    distributed.same({})  # the others wait for it
+                    return 0
             checkpoint.set_aside(run_dir, damaged)
             if distributed.size() > 1:
                 distributed.same(agent.state_dict())

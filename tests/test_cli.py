@@ -138,7 +138,10 @@ def test_the_buffer_that_would_fit_fits(
 def test_a_run_folder_that_exists_is_left_alone(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run_dir)
     said = refusal(capsys, train(*CARTPOLE, "--run-dir", run_dir))
-    assert said == f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew"
+    assert said == (
+        f"{run_dir} exists: --resume {run_dir} resumes it, as does this command with --resume auto; "
+        "another --run-dir starts anew"
+    )
     assert contents(run_dir) == before
 
 

@@ -209,11 +209,12 @@ def test_differences_are_told_except_of_free_settings() -> None:
 
 
 def test_free_settings_are_those_that_say_so() -> None:
-    tree = ast.parse(Path(module.__file__).read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunConfig")
+    classes = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    groups = {"RunConfig": "", "EnvSettings": "env."}
     documented = {
-        setting.target.id
-        for setting, text in pairwise(body)
+        f"{groups[owner.name]}{setting.target.id}"
+        for owner in classes
+        for setting, text in pairwise(owner.body)
         if isinstance(setting, ast.AnnAssign)
         and isinstance(setting.target, ast.Name)
         and isinstance(text, ast.Expr)

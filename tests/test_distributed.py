@@ -19,13 +19,12 @@ import torch
 from run_helpers import CARTPOLE, ROOT, refusal, rows, train
 
 from gravitar_dqn import training
-from gravitar_dqn.cli import commands
 from gravitar_dqn.config import build, nest
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import get_preset
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.runtime import distributed
-from gravitar_dqn.runtime.processes import Stop, torchrun_name
+from gravitar_dqn.runtime.processes import Stop
 
 SMALL = [*CARTPOLE, "--env.num-envs", "2", "--rank-timeout", "60"]
 
@@ -283,60 +282,36 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, **more: object) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def test_a_restart_goes_on_with_its_own_run_alone(
+def test_a_restart_resumes_and_ends_well_where_the_run_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, "--total-steps", 100, "--run-dir", tmp_path / "run"]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
+    words = [*SMALL, "--run-dir", tmp_path / "run", "--resume", "auto", "--total-steps"]
     as_rank(monkeypatch, 0)
-    assert "exists" in refusal(capsys, train(*words))
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    (tmp_path / "run" / "notes.txt").unlink()
-
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert train(*words) == 0
-    record = (tmp_path / "run" / "config.json").read_bytes()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert train(*words, 100) == 0
     capsys.readouterr()
-    assert "exists" in refusal(capsys, train(*words, "--seed", 9))
-    assert (tmp_path / "run" / "config.json").read_bytes() == record
-
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert train(*words, 200) == 0
+    assert "going on with" in capsys.readouterr().err
     shared: list[dict[str, Any]] = []
     monkeypatch.setattr(distributed, "same", lambda state: shared.append(state) or state)
-    assert train(*words) == 0, "a run that was complete when a rank was lost"
+    assert train(*words, 200) == 0, "a run that was complete when a rank was lost"
     assert shared == [{}], "the other ranks wait for a word"
-    words[words.index("--total-steps") + 1] = 200
-    assert train(*words) == 0
-    assert "going on with" in capsys.readouterr().err
+    capsys.readouterr()
+    assert "exists: " in refusal(capsys, train(*SMALL, "--run-dir", tmp_path / "run")), "nobody asked for a resume"
 
 
-def test_a_restart_finds_the_run_that_has_no_given_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_only_rank_0_looks_at_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    words = [*SMALL, "--run-dir", tmp_path / "run", "--resume", "auto"]
+    asked: list[Any] = []
+    monkeypatch.setattr(training, "train", lambda config, run_dir, **how: asked.append(how) or 0)
     as_rank(monkeypatch, 0)
-    assert train(*SMALL, "--total-steps", 100) == 0
-    (first,) = Path("runs").iterdir()
-    Path("runs/damaged").mkdir()
-    Path("runs/damaged/config.json").write_text("{")
-    assert train(*SMALL, "--total-steps", 200) == 0
-    assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged"}
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    monkeypatch.setattr(commands, "run_folder", lambda config: Path("runs/new"))
-    assert train(*SMALL, "--total-steps", 100) == 0
-    assert {path.name for path in Path("runs").iterdir()} == {first.name, "damaged", "new"}
-
-
-def test_torchruns_have_names_of_their_own() -> None:
-    code = "from gravitar_dqn.runtime.processes import torchrun_name as name; print(name())"
-    env = {**environment(), "TORCHELASTIC_RUN_ID": "none"}
-    same = {subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for _ in range(2)}
-    assert len(same) == 1, "processes that the same one has started do not agree"
-    inner = (
-        f"import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', {code!r}], text=True), end='')"
-    )
-    assert subprocess.check_output([sys.executable, "-c", inner], env=env, text=True) not in same
-    assert torchrun_name() == ""
+    assert "is not a run's folder" in refusal(capsys, train(*words))
+    as_rank(monkeypatch, 1)
+    assert train(*words) == 0
+    assert asked == [{"resume": False, "auto": True, "show_times": False}]
 
 
 def test_a_mistake_is_told_once_and_before_anybody_waits(
@@ -410,7 +385,7 @@ def test_a_helping_rank_has_games_and_random_numbers_of_its_own(monkeypatch: pyt
 def test_a_killed_rank_is_started_again_and_ctrl_c_saves_once(
     torchrun: Callable[..., Torchrun], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = torchrun(*SMALL, options=("--max-restarts=1",))
+    run = torchrun(*SMALL, "--resume", "auto", options=("--max-restarts=1",))
     run.play(200)
     run.signal(1, signal.SIGKILL)
     run.wait_until(lambda: "another rank has ended; stopped at step" in run.told)
@@ -442,6 +417,9 @@ def test_a_run_of_one_process_goes_on_with_ranks(
     assert "of several ranks are not saved" in told
     capsys.readouterr()
     assert "is complete" in refusal(capsys, train("--resume", tmp_path / "run", "--total-steps", 600))
+    words = [*SMALL, "--run-dir", tmp_path / "run", "--resume", "auto", "--total-steps", 600]
+    told = run_to_end(ROOT / "scripts" / "train.py", *words)  # both ranks end well
+    assert told.count("is complete (") == 1
 
 
 @pytest.mark.faults
@@ -465,7 +443,7 @@ def test_a_rank_that_hangs_is_noticed(rank: int, torchrun: Callable[..., Torchru
 @pytest.mark.slow
 def test_twenty_killed_ranks_lose_nothing(torchrun: Callable[..., Torchrun]) -> None:
     rng = random.Random(1)
-    run = torchrun(*SMALL, options=("--max-restarts=20",))
+    run = torchrun(*SMALL, "--resume", "auto", options=("--max-restarts=20",))
     saved = 0
     for _ in range(20):
         run.wait_until(lambda: len(run.workers) == 2)

@@ -36,9 +36,10 @@ from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.cli import commands
 from gravitar_dqn.config import flatten, to_dict
 from gravitar_dqn.errors import NotFinite, UserError
+from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.files import written_whole
-from gravitar_dqn.run.folder import how_to_train, lock
+from gravitar_dqn.run.folder import lock, run_to_resume, write_config
 from gravitar_dqn.tools.sweep_plan import as_options
 
 pytestmark = pytest.mark.faults
@@ -451,21 +452,21 @@ def test_a_new_run_does_not_begin_in_a_folder_where_another_one_ended_meanwhile(
     parsed = commands.parse_train([str(word) for word in words], "train.py")[0].config
     assert train(*words) == 0
     before = contents(tmp_path / "run")
-    with pytest.raises(UserError, match=r"exists: --resume .* goes on with it"):
+    with pytest.raises(UserError, match=r"exists: --resume .* resumes it"):
         training.train(parsed, tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
 
-def test_a_sweep_does_not_remove_a_run_that_still_starts(tmp_path: Path) -> None:
+def test_a_run_that_still_starts_is_not_removed(tmp_path: Path) -> None:
     injected("two runs in one folder")
     run_dir = tmp_path / "run"
     with lock(run_dir):
-        assert how_to_train(run_dir, ["cartpole"]) == ["cartpole", "--run-dir", str(run_dir)]
-        (run_dir / "config.json").write_text("{}")
+        assert run_to_resume(run_dir) is None
+        write_config(run_dir, PRESETS["cartpole"])
         with pytest.raises(UserError, match="is in use"):
-            how_to_train(run_dir, ["cartpole"])
-    how_to_train(run_dir, ["cartpole"])
-    assert not run_dir.exists()
+            run_to_resume(run_dir)
+    assert run_to_resume(run_dir) is None
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"], "what the kill left, the lock too"
 
 
 def test_too_little_memory_for_a_checkpoint_is_no_other_version(

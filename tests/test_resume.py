@@ -197,6 +197,106 @@ def test_a_run_of_the_version_before_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert told == f"the checkpoint in {run_dir} {said}"
 
 
+# ---------------------------------------------------------------- --resume auto
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("there", [[], ["run"], ["run", "run/lock", "run/config.tmp"]])
+def test_auto_begins_resumes_and_ends_well(
+    there: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    for name in there:
+        (tmp_path / name).touch() if "/" in name else (tmp_path / name).mkdir()
+    words = [*CARTPOLE, "--agent.gamma", 0.9, "--run-dir", run_dir, "--resume", "auto", "--total-steps", 300]
+    with monkeypatch.context() as interrupted:
+        stop_at(interrupted, 150, signal.SIGTERM)
+        assert train(*words) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err
+    assert f"run folder: {run_dir}" in said and f"--resume {run_dir}" in said.splitlines()[-1]
+    assert train(*words, "--env.num-threads", 2) == 0, "free, as is the limit of steps"
+    assert f"going on with {run_dir}" in capsys.readouterr().err
+    games = check_episodes(run_dir, [0, 150])
+
+    before = files(run_dir)
+    assert train(*words) == 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"{run_dir} is complete (300 steps, {len(games)} games): ")
+    words[words.index(0.9)] = 0.8
+    said = refusal(capsys, train(*words, "--total-steps", 400))
+    assert said == f"{run_dir} was started with other settings, it cannot go on: agent.gamma: 0.9 -> 0.8"
+    said = refusal(capsys, train("--run-dir", run_dir, "--resume=auto", "--dashboard", "off"))
+    assert "it cannot go on: preset: cartpole -> gravitar; " in said, "settings are those of the command line alone"
+    assert files(run_dir) == before
+
+
+def test_auto_needs_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(*CARTPOLE, "--total-steps", 100, "--run-dir", "auto") == 0
+    capsys.readouterr()
+    for words in (["--resume", "auto"], ["--resume=auto"]):
+        said = refusal(capsys, train(*CARTPOLE, *words))
+        assert said == "--resume auto needs the run's folder: --run-dir DIR --resume auto begins or resumes it"
+    assert train("--resume", "./auto", "--total-steps", 120) == 0, "a folder of that name"
+    assert [*tmp_path.iterdir()] == [tmp_path / "auto"]
+
+
+def test_auto_begins_again_after_a_kill_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    words = [*CARTPOLE, "--eval-every", 10**9, "--run-dir", run_dir, "--resume", "auto", "--total-steps", 60]
+    left = dict[str, bytes]()
+
+    def kill(*state: Any) -> None:
+        checkpoint.folder(run_dir).mkdir()
+        (checkpoint.folder(run_dir) / "step_000000000000.tmp").touch()
+        left.update(files(run_dir))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(training.checkpoint, "save", kill)
+        assert train(*words) == 130
+    assert "evaluations.csv" in left, "all that a run begins with"
+    for name, content in left.items():
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_bytes(content)
+    assert train(*words, "--agent.gamma", 0.9) == 0, "it is another run"
+    assert saved_step(run_dir) == 60
+    check_episodes(run_dir, [0])
+
+
+CONFIG = json.dumps({"preset": "cartpole", "config": {"preset": "cartpole"}})
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["notes.txt"], "is not a run's folder: it has no config.json"),
+        (["checkpoints/model.pt"], "is not a run's folder: it has no config.json"),
+        (["config.json", "model.pt"], "config.json is not a run's configuration"),
+        (["run's config.json", "lock", "eval.json"], "has lost its checkpoints: copy them back, or another folder"),
+        (["run's config.json", "lock", "checkpoints/best_7.pt"], "has lost its checkpoints: copy them back, or"),
+    ],
+)
+def test_auto_removes_nothing_of_worth(
+    names: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    for name in names:
+        path = run_dir / name.removeprefix("run's ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("" if name == "lock" else CONFIG if name.startswith("run's") else "{}")
+    before = files(run_dir)
+    assert complaint in refusal(capsys, train(*CARTPOLE, "--run-dir", run_dir, "--resume", "auto"))
+    assert files(run_dir) == before
+
+
 # ---------------------------------------------------------------- the replay buffer in the checkpoint
 
 
@@ -212,8 +312,9 @@ def test_a_run_from_before_a_setting_was_there_is_played_but_does_not_go_on(
     del record["config"]["agent"]["n_step"]
     (run_dir / "config.json").write_text(json.dumps(record))
     capsys.readouterr()
-    said = refusal(capsys, train("--resume", run_dir, "--total-steps", 120))
-    assert said == f"{run_dir} was started by a version without agent.n_step: it can be played, but not go on"
+    for words in (["--resume", run_dir], [*CARTPOLE, "--run-dir", run_dir, "--resume", "auto"]):
+        said = refusal(capsys, train(*words, "--total-steps", 120))
+        assert said == f"{run_dir} was started by a version without agent.n_step: it can be played, but not go on"
     assert (
         commands.run(commands.evaluate_command, [str(run_dir), "--episodes", "1", "--device", "cpu"], "evaluate.py")
         == 0

@@ -19,8 +19,9 @@ from run_helpers import refusal, rows, script
 
 from gravitar_dqn.cli import commands
 from gravitar_dqn.errors import UserError
+from gravitar_dqn.presets import get_preset
 from gravitar_dqn.run import checkpoint
-from gravitar_dqn.run.folder import lock
+from gravitar_dqn.run.folder import lock, write_config
 from gravitar_dqn.runtime import processes as process_module
 from gravitar_dqn.tools import sweep, sweep_plan
 
@@ -64,8 +65,6 @@ class Processes:
         words = list(words)
         self.commands.append(words)
         run_dir = Path(words[words.index("--run-dir") + 1] if "--run-dir" in words else words[1])
-        if words[1] == "--resume":
-            run_dir = Path(words[2])
         self.bound[run_dir.name] = self._cores.set
         self.devices[run_dir.name] = env.get("CUDA_VISIBLE_DEVICES")
         assert env["OMP_NUM_THREADS"] == str(len(self._cores.set))
@@ -202,7 +201,8 @@ def test_every_run_is_trained_and_evaluated_and_gets_a_row(
         "run_dir": "cartpole__base__4",
     }
     trained, evaluated = processes.commands[:2]
-    assert trained[:2] == ["train", "cartpole"] and trained[-2:] == ["--run-dir", "s/cartpole__base__4"]
+    assert trained[:2] == ["train", "cartpole"]
+    assert trained[-4:] == ["--run-dir", "s/cartpole__base__4", "--resume", "auto"]
     assert evaluated == ["eval", "s/cartpole__base__4", "--episodes=7", "--epsilon=0.001", "--device=cpu"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4 runs, 0 of them done before: s"
@@ -223,33 +223,13 @@ def test_the_same_command_again_runs_what_is_missing(processes: Processes) -> No
     Path("s/sweep.csv").write_text(whole[:-9])  # a kill tore the last row
     assert run(*words, "--budget-minutes", 1000) == 0
     assert Path("s/sweep.csv").read_text() == whole
-    assert [words[:2] for words in processes.commands[4:]] == [["train", "--resume"], ["eval", "s/cartpole__base__2"]]
+    assert processes.commands[4:] == processes.commands[2:4]
 
     assert run("cartpole", "--seeds", 2, "--variants", "agent.n-step=1", "--dir", "s") == 0
     assert [(row["variant"], row["seed"]) for row in table(Path("s/sweep.csv"))] == [
         *[("base", "1"), ("base", "2")],
         ("agent.n-step=1", "2"),
     ]
-
-
-def test_a_complete_run_without_a_row_is_only_evaluated(processes: Processes) -> None:
-    assert run("cartpole", "--seeds", 1, "--dir", "s") == 0
-    Path("s/sweep.csv").unlink()
-    processes.fails = lambda words: (
-        "error: s/cartpole__base__1 is complete (9 steps, 9 games): a" if words[0] == "train" else ""
-    )
-    assert run("cartpole", "--seeds", 1, "--dir", "s") == 0
-    assert len(table(Path("s/sweep.csv"))) == 1
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(processes: Processes) -> None:
-    torn = Path("s/cartpole__base__1")
-    run("cartpole", "--seeds", 2, "--dir", "s")
-    (torn / "checkpoints").mkdir(parents=True)
-    (torn / "config.json").write_text("{}")
-    assert run("cartpole", "--seeds", 1, "--dir", "s") == 0
-    assert processes.commands[2][-2:] == ["--run-dir", str(torn)]
-    assert not (torn / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -442,9 +422,14 @@ def test_ctrl_c_saves_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> N
     assert process.returncode == 0, err
     (row,) = table(tmp_path / "s" / "sweep.csv")
     assert int(row["global_step"]) > step and float(row["minutes"]) >= 0.1
-    assert f"train --resume {run_dir}" in log.read_text()
+    assert log.read_text().count("--run-dir s/cartpole__base__1 --resume auto") == 2
     assert json.loads((run_dir / "eval.json").read_text())["episodes"] == 2
     assert "cartpole base" in out.splitlines()[-1]
+
+    (tmp_path / "s" / "sweep.csv").unlink()  # as by a kill: a complete run without a row is only evaluated
+    assert run(*words) == 0
+    assert table(tmp_path / "s" / "sweep.csv") == [row]
+    assert f"{run_dir} is complete ({row['global_step']} steps" in log.read_text()
 
 
 def test_a_run_that_does_not_fit_fails_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,9 +445,10 @@ def test_a_run_that_lost_its_checkpoints_fails_alone(capsys: pytest.CaptureFixtu
     assert run(*words, "--budget-minutes", 0.0001) == 0  # begun, and nothing done
     lost = Path("s/cartpole__base__1")
     lost.mkdir()
+    write_config(lost, get_preset("cartpole"))
     (lost / "metrics.csv").write_text("wall_seconds,global_step\n1.5,100\n")
     capsys.readouterr()
     assert run(*words) == 1
     said = capsys.readouterr().err
-    assert "cartpole base seed 1 failed (s/cartpole__base__1 has lost its checkpoints: copy them back" in said
+    assert "cartpole base seed 1 failed (error: s/cartpole__base__1 has lost its checkpoints: copy them back" in said
     assert [row["seed"] for row in table(Path("s/sweep.csv"))] == ["2"]

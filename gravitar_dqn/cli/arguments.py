@@ -31,8 +31,9 @@ class TrainArguments:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """The run's folder; by default runs/<env>__<preset>__<seed>__<time>."""
-    resume: Path | None = None
-    """Go on with the run in this folder, from its newest checkpoint."""
+    resume: Literal["auto"] | Path | None = None
+    """Resume the run in this folder from its newest checkpoint; auto: begin the run in --run-dir, or resume the one
+    that is there, which must have the settings given here."""
     profile: bool = False
     """Print at the end where the time went."""
 

@@ -32,11 +32,11 @@ from gravitar_dqn.config import RunConfig, check_bounds, differences, validate
 from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.run.files import write_json
-from gravitar_dqn.run.folder import begun_by, check_free, commit, goes_on, load_run
+from gravitar_dqn.run.folder import check_free, commit, load_run, run_to_resume
 from gravitar_dqn.run.logs import forget_unwritten, nobody_reads_stdout, show_log, speaks
 from gravitar_dqn.run.status import RUNS, find, find_one, runs_in, standing
 from gravitar_dqn.run.status import table as runs_table
-from gravitar_dqn.runtime.processes import Stop, torchrun_name, torchrun_rank
+from gravitar_dqn.runtime.processes import Stop, torchrun_rank
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +51,21 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def resume_folder(argv: Sequence[str]) -> Path | None:
-    """The value of --resume, needed before the rest can be read: the saved settings are the defaults."""
+    """The folder after --resume, needed before the rest can be read: the saved settings are the defaults.
+
+    None for the word auto too: there they are what the rest is compared with.
+    """
+    found = ""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--resume" and following:
-            return Path(following)
-        if word.startswith("--resume="):
-            return Path(word.removeprefix("--resume="))
-    return None
+        if word == "--resume":
+            found = following
+        elif word.startswith("--resume="):
+            found = word.removeprefix("--resume=")
+    return None if found in ("", "auto") else Path(found)
 
 
 def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConfig | None]:
-    """The arguments of `train` with valid settings, and the saved ones of the run that it shall go on with."""
+    """The arguments of `train` with valid settings, and the saved ones of the run in the folder after --resume."""
     argv = list(argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else None
     saved_in = resume_folder(argv)
@@ -78,41 +82,31 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConf
     arguments = parse(TrainArguments, argv, prog, description, TrainArguments(default))
     config = replace(arguments.config, preset=default.preset)
     validate(config)
-    return replace(arguments, config=config, resume=saved_in), saved
+    return replace(arguments, config=config, resume=saved_in or arguments.resume), saved
 
 
 def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
     """`train [PRESET] [options]`."""
     arguments, saved = parse_train(argv, prog)
-    config = arguments.config
-    if saved is not None:
-        assert arguments.resume is not None
-        if arguments.run_dir is not None and arguments.run_dir != arguments.resume:
+    config, resume = arguments.config, arguments.resume
+    run_dir = arguments.run_dir or run_folder(config)
+    looks = torchrun_rank() == 0  # the other ranks never look at the folder
+    if resume == "auto":
+        if arguments.run_dir is None:
+            raise UserError("--resume auto needs the run's folder: --run-dir DIR --resume auto begins or resumes it")
+        saved = run_to_resume(run_dir) if looks else None
+    elif resume is not None:
+        if arguments.run_dir not in (None, resume):
             raise UserError("--resume goes on in its own folder: leave --run-dir out")
-        if changed := differences(saved, config):
-            changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
-            raise UserError(f"{arguments.resume} was started with other settings, it cannot go on: {changes}")
-        run_dir = arguments.resume
-    else:
-        run_dir = arguments.run_dir or run_folder(config)
-    resume = saved is not None
-    if not resume and torchrun_rank() == 0:  # the others never look into the folder
-        begun = restarted_run([run_dir] if arguments.run_dir else runs_in(RUNS))
-        run_dir, resume = begun or run_dir, begun is not None and goes_on(begun)
-        if not resume:
-            check_free(run_dir)  # a mistake is told at once
+        run_dir = resume
+    if saved is None and looks:
+        check_free(run_dir)  # a mistake is told at once
+    if saved is not None and (changed := differences(saved, config)):
+        changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+        raise UserError(f"{run_dir} was started with other settings, it cannot go on: {changes}")
     from gravitar_dqn.training import train
 
-    return train(config, run_dir, resume=resume, show_times=arguments.profile)
-
-
-def restarted_run(run_dirs: Sequence[Path]) -> Path | None:
-    """The run, of these, that the torchrun which has started this process has begun before.
-
-    It is found while rank 0 stays under the same torchrun: on another machine it would begin anew.
-    """
-    name = torchrun_name()
-    return next((run_dir for run_dir in run_dirs if begun_by(run_dir, name)), None) if name else None
+    return train(config, run_dir, resume=saved is not None, auto=resume == "auto", show_times=arguments.profile)
 
 
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:

@@ -7,7 +7,7 @@ import fcntl
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from gravitar_dqn.config import FREE_FIELDS, RunConfig, flatten, to_dict
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import from_dict
 from gravitar_dqn.run.files import read_json, wall_seconds, write_json
-from gravitar_dqn.runtime.processes import torchrun_name
+
+# What a run writes before its first checkpoint.
+BEGUN = {"lock", "config.json", "metrics.csv", "episodes.csv", "evaluations.csv", "checkpoints"}
 
 
 @contextlib.contextmanager
@@ -87,7 +89,10 @@ def holds_other(folder: Path, ours: str) -> bool:
 def check_free(run_dir: Path) -> None:
     """Raise UserError for the folder of a new run that holds another one."""
     if holds_other(run_dir, ours=""):
-        raise UserError(f"{run_dir} exists: --resume {run_dir} goes on with it, another --run-dir starts anew")
+        raise UserError(
+            f"{run_dir} exists: --resume {run_dir} resumes it, as does this command with --resume auto; "
+            "another --run-dir starts anew"
+        )
 
 
 @contextlib.contextmanager
@@ -99,35 +104,37 @@ def removed_after_errors(run_dir: Path) -> Iterator[None]:
     except BaseException:
         for path in {*run_dir.iterdir()} - before:
             with contextlib.suppress(OSError):  # the error that led here says more
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
         raise
 
 
-def how_to_train(run_dir: Path, arguments: Sequence[str]) -> list[str]:
-    """Words of `train` that begin a run with these arguments in a folder, or go on with it."""
-    return ["--resume", str(run_dir)] if goes_on(run_dir) else [*arguments, "--run-dir", str(run_dir)]
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder and all in it."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def begun_by(run_dir: Path, torchrun: str) -> bool:
-    """Whether a torchrun of this name has begun the run, or gone on with it last."""
-    with contextlib.suppress(UserError):  # none there, or a damaged one
-        return bool(read_json(run_dir / "config.json").get("torchrun") == torchrun)
-    return False
+def run_to_resume(run_dir: Path) -> RunConfig | None:
+    """The settings of the run in a folder; None where a new one can begin.
 
-
-def goes_on(run_dir: Path) -> bool:
-    """Whether there is a run to go on with in a folder; if not, the folder is free for a new one afterwards."""
+    What a kill before the first checkpoint left is removed. UserError when the run cannot be resumed, or the folder
+    holds something else.
+    """
     from gravitar_dqn.run import checkpoint  # torch
 
-    checkpoint.mend(run_dir)  # the folder may have been copied
-    if (run_dir / "checkpoints" / "latest").exists():
-        return True
-    if wall_seconds(run_dir):
-        raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another --dir starts anew")
-    if holds_other(run_dir, ours=""):  # killed before its first checkpoint: train would refuse the folder
-        with lock(run_dir):  # not by somebody who still trains in it
-            shutil.rmtree(run_dir)
-    return False
+    if not holds_other(run_dir, ours=""):
+        return None
+    load_run(run_dir)  # a folder of something else gets no lock
+    with lock(run_dir):
+        checkpoint.mend(run_dir)  # the folder may have been copied
+        if (checkpoint.folder(run_dir) / "latest").exists():
+            return load_run(run_dir, to_train=True)
+        left = {path.name for path in run_dir.rglob("*") if path.suffix != ".tmp"}
+        if wall_seconds(run_dir) or not left <= BEGUN:
+            raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another folder starts anew")
+        # config.json is removed last: after a kill in between the folder is still known to be a run's.
+        for path in sorted({*run_dir.iterdir()} - {run_dir / "lock"}, key=lambda path: path.name == "config.json"):
+            _remove(path)
+    return None
 
 
 def cannot_be_written(run_dir: Path, error: OSError) -> UserError:
@@ -138,8 +145,6 @@ def cannot_be_written(run_dir: Path, error: OSError) -> UserError:
 def write_config(run_dir: Path, config: RunConfig, **facts: Any) -> None:
     """config.json: all settings, what they ran on, and further facts of this run."""
     record = {"preset": config.preset, "config": to_dict(config), "versions": versions(), "commit": commit(), **facts}
-    if torchrun := torchrun_name():
-        record |= {"torchrun": torchrun}
     write_json(run_dir / "config.json", record)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -63,16 +61,6 @@ def by_torchrun() -> bool:
 def torchrun_rank() -> int:
     """The number of this process among those that torchrun has started; 0 without it."""
     return int(os.environ["RANK"]) if by_torchrun() else 0
-
-
-def torchrun_name() -> str:
-    """What tells the torchrun that has started this process from any other; "" without one."""
-    if not by_torchrun():
-        return ""
-    began = ""
-    with contextlib.suppress(OSError):  # only Linux tells
-        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()} {began}"
 
 
 def available_cores() -> list[int]:

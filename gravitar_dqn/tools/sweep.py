@@ -18,7 +18,7 @@ import numpy as np
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run.csv_log import CsvLog
 from gravitar_dqn.run.files import last_line, read_json, read_rows, wall_seconds
-from gravitar_dqn.run.folder import claimed, how_to_train
+from gravitar_dqn.run.folder import claimed
 from gravitar_dqn.runtime.processes import Stop, command_line, package_command, start
 from gravitar_dqn.tools.sweep_plan import Job, SweepConfig
 
@@ -167,13 +167,9 @@ class Sweep:
     def _do(self, job: Job, env: Mapping[str, str]) -> None:
         began, trained = monotonic(), wall_seconds(job.run_dir)
         log = job.run_dir.with_name(job.run_dir.name + ".log")
-        try:
-            words = how_to_train(job.run_dir, job.arguments)
-        except UserError as error:
-            return self._failed(job, log, str(error))
-        ended = self._process(["train", *words], log, env)  # False too when somebody else's signal stopped it
-        # A sweep that was killed may have left a complete run without its row.
-        if not ended and (self.stopped or " is complete (" not in last_line(log)):
+        # A sweep that was killed may have left a complete run without its row: training then ends at once.
+        words = [*job.arguments, "--run-dir", str(job.run_dir), "--resume", "auto"]
+        if not self._process(["train", *words], log, env):
             return self._failed(job, log)
         games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
         if not self._process(["eval", str(job.run_dir), *games], log, env):
