@@ -89,9 +89,7 @@ def charts(frames_per_step: int) -> tuple[Chart, ...]:
     return (
         Chart("score", "Score", "score", SCORE, empty=NO_GAME),
         Chart("int_reward", "Reward, intrinsic", "bonus (log)", BONUS, LOG, NO_BONUS),
-        Chart(
-            "int_return", "Return, intrinsic", "discounted return", lines({"mean": "int_return_mean"}), None, NO_BONUS
-        ),
+        Chart("int_return", "Return, intrinsic", "discounted return", INT_RETURN, None, NO_BONUS),
         Chart("policy_loss", "Policy loss", "loss", lines({"loss": "policy_loss"})),
         Chart("value_loss", "Value losses", "loss (log)", VALUE_LOSS, LOG),
         Chart("loss", "Loss", "loss (log)", LOSS, LOG),
