@@ -64,9 +64,9 @@ GUARDS = {
     "agents/base.py": "dqn_oracle ppo_oracle dqn ppo new_agent resume",
     "agents/dqn.py": "dqn_oracle dqn execution resume",
     "agents/ppo.py": f"{PPO_TESTS} resume",
-    "benchmark/": "benchmark new_agent",
+    "benchmark/": "benchmark",
     "benchmark/peers.py": "benchmark execution",
-    "cli/": "cli config evaluation evaluator trained player recording runs",
+    "cli/": "cli config evaluation trained recording",
     "config.py": "config cli resume trained",
     "dashboard/": "dashboard dashboard_panes dashboard_compare dashboard_server",
     "dashboard/visdom_app.py": "dashboard_server visdom_server",
@@ -86,17 +86,17 @@ GUARDS = {
     "loop.py": "loop dqn_oracle telemetry dqn ppo resume",
     "losses.py": "losses actor_critic dqn_oracle ppo_oracle replay auxiliary_tasks rnd randal_faults",
     "networks.py": "networks actor_critic dqn_oracle ppo_oracle rnd auxiliary_tasks execution ppo dqn",
-    "presets.py": "config cli dqn_oracle benchmark trained resume",
+    "presets.py": "config trained dqn_oracle ppo_oracle cli",
     "randal/": "randal_trainer randal_faults",
     "replay.py": "replay dqn_oracle auxiliary_tasks ppo dqn resume",
     "rnd.py": "dqn_oracle ppo_oracle rnd randal_faults ppo dqn",
-    "run/": "runs telemetry checkpoint resume faults",
-    "run/checkpoint.py": "checkpoint resume evaluator faults",
+    "run/": "runs checkpoint telemetry export",
+    "run/checkpoint.py": "checkpoint evaluator resume faults",
     "run/csv_log.py": "telemetry resume faults",
-    "run/folder.py": "runs config cli resume faults",
+    "run/folder.py": "runs config cli resume",
     "run/logs.py": "logs telemetry",
     "run/status.py": "runs dashboard_panes evaluator",
-    "run/telemetry.py": "telemetry cli recording resume",
+    "run/telemetry.py": "telemetry recording",
     "runtime/distributed.py": "distributed",
     "runtime/execution.py": "execution checkpoint dqn resume",
     "runtime/memory.py": "replay cli",
@@ -398,14 +398,11 @@ class Tree:
         importlib.import_module("torch").set_num_threads(1)
         gc.freeze()
 
-    def measure(self, names: Sequence[str]) -> dict[str, float]:
-        """How long each test of these files takes without a fault. Those that fail are left out, and named."""
-        seconds: dict[str, float] = {}
-        if names and self._run(names, None, float("inf")) not in (0, 5):
+    def measure(self, name: str) -> dict[str, float]:
+        """How long each test of this file takes without a fault. Those that fail are left out, and named."""
+        if self._run([name], None, float("inf")) != 0:
             print(f"warning: some tests fail without a fault, and are left out\n{self.log.read_text()[-3000:]}")
-        if names:
-            seconds = json.loads(self.log.with_suffix(".json").read_text())
-        return seconds
+        return json.loads(self.log.with_suffix(".json").read_text())
 
     def judge(self, fault: Fault, names: Sequence[str], seconds: dict[str, float], longest: float) -> dict[str, Any]:
         """Whether these tests notice the fault, and which does."""
@@ -436,6 +433,7 @@ class Tree:
             code = 3
             try:
                 os.setpgid(0, 0)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 limit_time(60 if seconds is None else 5)  # to find the tests
                 sys.dont_write_bytecode = seconds is not None  # pytest keeps the tests' own from the first run
                 os.chdir(self.root)
@@ -477,13 +475,18 @@ def end_children() -> None:
 
 
 def measured(tree: Tree, names: list[str], path: Path) -> dict[str, float]:
-    """Seconds of each test, from the file as far as it has these test files; one process at a time adds to it."""
-    with FileLock(f"{path}.lock"):
-        seconds = json.loads(path.read_text()) if path.exists() else {}
-        known = {test.partition("::")[0] for test in seconds}
-        seconds |= tree.measure([name for name in names if f"tests/test_{name}.py" not in known])
-        path.write_text(json.dumps(seconds))
-    return seconds
+    """Seconds of each test by the file `path`, to which those of test files that it does not have are added."""
+
+    def kept() -> dict[str, float]:
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    for name in names:
+        if not any(test.startswith(f"tests/test_{name}.py::") for test in kept()):
+            found = tree.measure(name)
+            with FileLock(f"{path}.lock"):  # another part adds to it too
+                path.with_suffix(".new").write_text(json.dumps(kept() | found))
+                path.with_suffix(".new").replace(path)
+    return kept()
 
 
 def judged(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -542,6 +545,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     options = parser.parse_args()
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not before the tests' processes are
 
     modules = options.modules or [m for m in every if options.group is None or is_core(m) == (options.group == "core")]
     faults = draw(modules, options)
@@ -552,29 +556,20 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory(prefix="plant_") as folder:
-        tree, home = Tree(Path(folder)), Path(folder)
-        files = list(
-            dict.fromkeys(
-                name
-                for module in {fault.module: None for fault in faults}
-                for name in options.tests or guards_of(module)
-            )
-        )
-        seconds = measured(tree, files, options.times or home / "times")
-        left = sum(second <= options.longest for second in seconds.values())
-        print(f"{len(seconds)} tests take {sum(seconds.values()):.0f} s; {left} are run", flush=True)
-        out = options.out or home / "out"
+        tree, checked = Tree(Path(folder)), False
+        times, out = options.times or Path(folder) / "times", options.out or Path(folder) / "out"
         part, parts = map(int, options.part.split("/"))
-        checked = False
         for fault in faults[part - 1 :: parts]:
             if time.monotonic() - started > 60 * options.minutes:
                 break
             if fault.key in judged(out):
                 continue
+            names = options.tests or guards_of(fault.module)
+            seconds = measured(tree, names, times)
             if not checked:
-                tree.check(fault.module, options.tests or guards_of(fault.module), seconds, options.longest)
+                tree.check(fault.module, names, seconds, options.longest)
                 checked = True
-            found = tree.judge(fault, options.tests or guards_of(fault.module), seconds, options.longest)
+            found = tree.judge(fault, names, seconds, options.longest)
             with out.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             if not found["noticed"]:
