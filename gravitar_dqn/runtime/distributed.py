@@ -314,7 +314,7 @@ def weighted(loss: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """`functional.masked_mean` over the rows of all ranks."""
+    """`losses.masked_mean` over the rows of all ranks."""
     if _ranks is None:
         return losses.masked_mean(values, mask)
     whole, count = total((values * mask).sum(), mask.sum())
