@@ -1,11 +1,14 @@
 """The benchmark measures what it says: ratios, turns, and the same samples for each step for everyone."""
 
+import itertools
 import json
 import logging
+import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,10 +26,10 @@ from gravitar_dqn.benchmark.contenders import (
     actor_critic_config,
     our_config,
 )
-from gravitar_dqn.benchmark.measure import Row, alternate, rows_of, spread, table
+from gravitar_dqn.benchmark.measure import Row, milliseconds, rows_of, spread, table
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.peers import DuelingHead, Notebook, StableBaselines, StablePPO
-from gravitar_dqn.benchmark.worker import Contender, workers
+from gravitar_dqn.benchmark.worker import Contender, take_turns
 from gravitar_dqn.cli import commands
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.networks import make_q_network
@@ -40,7 +43,7 @@ def test_spread_is_median_and_quartiles() -> None:
 
 
 def test_ratios_are_taken_round_by_round_and_say_how_many_times_better() -> None:
-    speeds = Row("s", "fast", "steps/s", [10.0, 30.0], [2.0, 3.0], higher_is_better=True)
+    speeds = Row("s", "fast", "steps/s", [10.0, 30.0], [2.0, 3.0])
     assert speeds.ratios == [5.0, 10.0]
     times = Row("s", "fast", "ms", [2.0, 5.0], [4.0, 20.0])
     assert times.ratios == [2.0, 4.0]
@@ -51,18 +54,23 @@ def test_ratios_are_taken_round_by_round_and_say_how_many_times_better() -> None
     }  # fmt: skip
 
 
-def test_candidates_take_turns() -> None:
+def test_functions_take_turns_with_the_threads_that_torch_has() -> None:
     order: list[str] = []
 
-    def candidate(name: str) -> Any:
-        return lambda: order.append(name) or float(len(order))  # type: ignore[func-returns-value]
+    def function(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            order.append(name)
+            threads.add(torch.get_num_threads())
+            time.sleep(seconds)
 
-    values = alternate({"a": candidate("a"), "b": candidate("b")}, 3)
-    assert order == ["a", "b"] * 3
-    assert values == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
-    order.clear()
-    alternate({"a": candidate("a"), "b": candidate("b")}, 2, lambda i: order.append(str(i)))
-    assert order == ["0", "a", "b", "1", "a", "b"]
+        return call
+
+    threads: set[int] = set()
+    values = milliseconds({"a": function("a", 0.001), "b": function("b", 0.002)}, rounds=2, calls=3)
+    assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 3  # to warm up, and twice
+    assert threads == {torch.get_num_threads()}
+    assert {name: len(times) for name, times in values.items()} == {"a": 2, "b": 2}
+    assert min(values["a"]) >= 1 and min(values["b"]) >= 2
 
 
 def test_table_names_sections_units_and_ratios() -> None:
@@ -152,14 +160,38 @@ class Counts:
         return 10
 
 
+class Sleeps:
+    """A contender that plays no step."""
+
+    def play(self) -> int:
+        time.sleep(0.01)
+        return 0
+
+
+class Breaks:
+    """A contender that ends at its first turn."""
+
+    warm = False
+
+    def play(self) -> int:
+        if self.warm:
+            raise ValueError("out of games")
+        self.warm = True
+        return 0
+
+
 def fails() -> Contender:
     raise ValueError("no such game")
 
 
-def test_a_worker_plays_when_it_is_its_turn() -> None:
-    with workers({"counts": (Counts,)}) as (worker,):
-        speed = worker.turn(0.05)
-    assert 0 < speed <= 1_000
+def ends() -> Contender:
+    os._exit(1)
+
+
+def test_a_contender_of_several_processes_has_the_first_ones_turns() -> None:
+    turns = take_turns({"run": [Counts, Sleeps]}, BenchConfig(rounds=2, seconds=0.05))
+    assert [waited for _, waited in turns["run"]] == [0, 0]
+    assert all(0 < speed <= 1_000 for speed, _ in turns["run"])
 
 
 def test_it_says_what_it_measures_and_how_far_it_is(
@@ -168,7 +200,7 @@ def test_it_says_what_it_measures_and_how_far_it_is(
     """In the log: standard output is for the table."""
     caplog.set_level(logging.INFO, "gravitar_dqn")
     settings = BenchConfig(device="cpu", num_envs=4, rounds=2, seconds=0.02, sizes=(1_000,))
-    speeds = suite.take_turns({"one": (Counts,), "other": (Counts,)}, settings)
+    speeds = suite.speeds_of({"one": Counts, "other": Counts}, settings)
     assert [len(values) for values in speeds.values()] == [2, 2]
     assert caplog.messages == [
         "  starting 1 of 2: one",
@@ -197,8 +229,19 @@ def test_it_says_what_it_measures_and_how_far_it_is(
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:
-    with pytest.raises(UserError, match="broken: ValueError: no such game"), workers({"broken": (fails,)}):
-        pass
+    with pytest.raises(UserError, match="broken: ValueError: no such game"):
+        take_turns({"fine": [Counts], "broken": [fails]}, BenchConfig())
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_breaks_off_is_told_though_another_reports() -> None:
+    with pytest.raises(UserError, match="run: ValueError: out of games"):
+        take_turns({"run": [Counts, Breaks]}, BenchConfig(rounds=1, seconds=0.05))
+
+
+def test_a_worker_that_ends_is_not_waited_for() -> None:
+    with pytest.raises(UserError, match="gone ended unexpectedly"):
+        take_turns({"gone": [ends]}, BenchConfig())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -264,7 +307,7 @@ def test_without_stable_baselines_its_row_is_left_out(
     speeds = {"the notebook's way": 2.0, "our parts: the emulator": 60.0, "our parts: the networks": 30.0}
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(
-        suite, "take_turns", lambda makers, settings: {name: [speeds.get(name, 10.0)] for name in makers}
+        suite, "speeds_of", lambda makers, settings: {name: [speeds.get(name, 10.0)] for name in makers}
     )
     rows = suite.training_rows(BenchConfig(device="cpu"))
     assert "Stable-Baselines3 is not installed and left out; .venv/bin/pip install" in caplog.text
@@ -279,7 +322,7 @@ def test_without_stable_baselines_its_row_is_left_out(
 def test_actor_critics_are_measured_against_plain_ppo_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"ours, PPO without curiosity": 40.0, "ours, PPO with curiosity": 20.0, "ours, randal": 10.0}
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(suite, "take_turns", lambda makers, settings: {name: [speeds[name]] for name in makers})
+    monkeypatch.setattr(suite, "speeds_of", lambda makers, settings: {name: [speeds[name]] for name in makers})
     rows = suite.actor_critic_rows(BenchConfig(device="cpu"))
     assert {row.name: row.ratios for row in rows} == {
         "ours, PPO without curiosity": [],

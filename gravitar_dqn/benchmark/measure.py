@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,12 @@ class Row:
     unit: str
     values: list[float]
     against: list[float] = field(default_factory=list)  # the reference's values, round by round
-    higher_is_better: bool = False
 
     @property
     def ratios(self) -> list[float]:
-        """How many times better than the reference, round by round."""
+        """How many times better than the reference, round by round. Speeds are better when higher, times when lower."""
         pairs = zip(self.values, self.against, strict=True) if self.against else []
-        return [value / other if self.higher_is_better else other / value for value, other in pairs]
+        return [value / other if "/s" in self.unit else other / value for value, other in pairs]
 
     def summary(self) -> dict[str, Any]:
         """Median and quartiles of the values and of the ratios."""
@@ -39,53 +38,26 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median, lower and upper quartile; nothing of no values."""
     if not values:
         return {}
-    low, high = np.percentile(values, [25, 75]).tolist()
-    return {"median": statistics.median(values), "low": low, "high": high}
+    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
+    return {"median": median, "low": low, "high": high}
 
 
-def alternate(
-    candidates: Mapping[str, Callable[[], float]], rounds: int, before_round: Callable[[int], object] = lambda _: None
-) -> dict[str, list[float]]:
-    """Call each in turn, `rounds` times over; what they return, by name. `before_round` gets the round's number."""
-    values: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(rounds):
-        before_round(i)
-        for name, candidate in candidates.items():
-            values[name].append(candidate())
+def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int, calls: int = 5) -> dict[str, list[float]]:
+    """The time of one call of each function, a mean over `calls`. The functions take turns, `rounds` times over."""
+    threads = torch.get_num_threads()  # Timer's own default is one
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in functions.items()}
+    for timer in timers.values():
+        timer.timeit(5)  # warm up; a CUDA graph is captured at the fourth call
+    values: dict[str, list[float]] = {name: [] for name in functions}
+    for _, (name, timer) in itertools.product(range(rounds), timers.items()):
+        values[name].append(1e3 * timer.timeit(calls).median)
     return values
 
 
-def milliseconds(function: Callable[[], object], device: torch.device, repeat: int = 5) -> Callable[[], float]:
-    """A function that returns the time of one call of `function`, averaged over `repeat`."""
-
-    def measure() -> float:
-        wait(device)
-        start = time.perf_counter()
-        for _ in range(repeat):
-            function()
-        wait(device)
-        return 1e3 * (time.perf_counter() - start) / repeat
-
-    for _ in range(5):  # warm up; a CUDA graph is captured at the fourth call
-        function()
-    return measure
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def rows_of(
-    section: str, unit: str, values: Mapping[str, list[float]], reference: str, *, higher_is_better: bool = False
-) -> list[Row]:
+def rows_of(section: str, unit: str, values: Mapping[str, list[float]], reference: str) -> list[Row]:
     """A row for each name; the ratios are against `reference`."""
     against = values[reference]
-    return [
-        Row(section, name, unit, mine, [] if name == reference else against, higher_is_better)
-        for name, mine in values.items()
-    ]
+    return [Row(section, name, unit, mine, [] if name == reference else against) for name, mine in values.items()]
 
 
 def table(rows: list[Row]) -> str:

@@ -11,19 +11,28 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from gravitar_dqn.agents.dqn import DQNAgent
-from gravitar_dqn.benchmark import contenders
-from gravitar_dqn.benchmark.measure import Row, alternate, milliseconds, rows_of, table
+from gravitar_dqn.benchmark.contenders import (
+    BATCH,
+    STEPS,
+    UPDATES,
+    BareEmulator,
+    NetworksAlone,
+    Ours,
+    actor_critic_config,
+    our_config,
+)
+from gravitar_dqn.benchmark.measure import Row, milliseconds, rows_of, table
 from gravitar_dqn.benchmark.options import BenchConfig
 from gravitar_dqn.benchmark.peers import Notebook, StableBaselines, StablePPO
 from gravitar_dqn.benchmark.scale import scale_rows
-from gravitar_dqn.benchmark.worker import Worker, workers
+from gravitar_dqn.benchmark.worker import Maker, take_turns
 from gravitar_dqn.envs.spec import EnvSpec
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.replay import ReplayBuffer
@@ -40,7 +49,7 @@ INSTALL_PEERS = ".venv/bin/pip install -c scripts/constraints.txt -e '.[bench]'"
 
 def make_agent(settings: BenchConfig, device: torch.device, **changes: Any) -> DQNAgent:
     """An agent of the benchmark's settings, its replay buffer filled with noise."""
-    config = replace(contenders.our_config(settings.device, settings.num_envs), **changes)
+    config = replace(our_config(settings.device, settings.num_envs), **changes)
     torch.manual_seed(config.seed)
     agent = DQNAgent(config, EnvSpec(FRAME, torch.uint8, NUM_ACTIONS), device)
     fill(agent.replay, 3 * settings.num_envs * 8, agent.observe, agent.begin)
@@ -69,7 +78,7 @@ def network_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         "as it runs": make_agent(settings, device),
     }
     rows = []
-    envs, samples = f"ms for {settings.num_envs} environments", f"ms for {contenders.BATCH} samples"
+    envs, samples = f"ms for {settings.num_envs} environments", f"ms for {BATCH} samples"
     for section, unit, name in (
         ("acting", envs, "act"),
         ("curiosity of a step", envs, "compute_int_rewards"),
@@ -77,125 +86,104 @@ def network_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
         ("update of the predictor", samples, "update_predictor"),
     ):
         log.info(f"  {section}")
-        measured = {key: milliseconds(getattr(agent, name), device) for key, agent in agents.items()}
-        rows += rows_of(section, unit, alternate(measured, settings.rounds), "fp32, eager")
+        functions = {key: getattr(agent, name) for key, agent in agents.items()}
+        rows += rows_of(section, unit, milliseconds(functions, settings.rounds), "fp32, eager")
     return rows
 
 
 def replay_rows(settings: BenchConfig, device: torch.device) -> list[Row]:
     """Storing and sampling by the number of frames held, so that growth would show."""
-    buffers: dict[int, dict[str, ReplayBuffer]] = {}
+    buffers: dict[str, dict[int, ReplayBuffer]] = {"uniform": {}, "priorities": {}}
     for size in settings.sizes:
         if 2 * size * bytes_per_transition(FRAME, torch.uint8) > 0.8 * available_bytes(device):
             log.info(f"replay: {size} frames twice over do not fit into the memory; left out")
             continue
         log.info(f"  filling buffers of {size:,} frames")
-        buffers[size] = {}
-        for name, exponent in (("uniform", 0.0), ("priorities", 0.5)):
+        for kind, exponent in (("uniform", 0.0), ("priorities", 0.5)):
             buffer = ReplayBuffer(size, settings.num_envs, FRAME, n_step=3, priority_exponent=exponent, device=device)
             fill(buffer, size + 20 * settings.num_envs, buffer.put, buffer.begin)
-            buffers[size][name] = buffer
+            buffers[kind][size] = buffer
     generator = torch.Generator(device).manual_seed(0)
-
-    def sample(buffer: ReplayBuffer) -> Callable[[], object]:
-        return lambda: buffer.sample(contenders.BATCH, generator)
-
-    def put(buffer: ReplayBuffer) -> Callable[[], object]:
-        actions = torch.zeros(settings.num_envs, dtype=torch.int64, device=device)
-        frames = np.zeros((settings.num_envs, *FRAME), dtype=np.uint8)
-        no = np.zeros(settings.num_envs, dtype=np.bool_)
-        return lambda: buffer.put(actions, np.zeros(settings.num_envs), no, no, frames, ~no)
+    frames = np.zeros((settings.num_envs, *FRAME), dtype=np.uint8)
+    actions, rewards = torch.zeros(settings.num_envs, dtype=torch.int64, device=device), np.zeros(settings.num_envs)
+    no = np.zeros(settings.num_envs, dtype=np.bool_)
 
     def prioritize(buffer: ReplayBuffer) -> Callable[[], object]:
         positions = torch.nonzero(buffer.sampling_weights.view(-1)).squeeze(1)
-        batches = [positions[torch.randint(len(positions), (contenders.BATCH,), device=device)] for _ in range(64)]
+        batches = [positions[torch.randint(len(positions), (BATCH,), device=device)] for _ in range(64)]
         turns = itertools.cycle(batches)
-        priorities = torch.rand(contenders.BATCH, device=device) + 0.1
+        priorities = torch.rand(BATCH, device=device) + 0.1
         return lambda: buffer.update_priorities(next(turns), priorities)
 
+    samples = f"ms for {BATCH} samples"
+    operations: dict[str, tuple[str, Callable[[ReplayBuffer], Callable[[], object]]]] = {
+        "sample": (samples, lambda buffer: partial(buffer.sample, BATCH, generator)),
+        "put": (
+            f"ms for {settings.num_envs} environments",
+            lambda buffer: partial(buffer.put, actions, rewards, no, no, frames, ~no),
+        ),
+        "new priorities": (samples, prioritize),
+    }
     rows: list[Row] = []
-    for operation, make, unit in (
-        ("sample", sample, f"ms for {contenders.BATCH} samples"),
-        ("put", put, f"ms for {settings.num_envs} environments"),
-        ("new priorities", prioritize, f"ms for {contenders.BATCH} samples"),
-    ):
-        for kind in ("uniform", "priorities"):
-            if (operation == "new priorities" and kind == "uniform") or not buffers:
-                continue
-            log.info(f"  {operation}, {kind}")
-            measured = {
-                f"{operation}, {kind}, {size:>9,} frames": milliseconds(make(pair[kind]), device, 20)
-                for size, pair in buffers.items()
-            }
-            rows += rows_of("replay", unit, alternate(measured, settings.rounds), next(iter(measured)))
+    for (operation, (unit, make)), kind in itertools.product(operations.items(), buffers):
+        if not buffers[kind] or (operation, kind) == ("new priorities", "uniform"):
+            continue
+        log.info(f"  {operation}, {kind}")
+        functions = {f"{operation}, {kind}, {size:>9,} frames": make(held) for size, held in buffers[kind].items()}
+        rows += rows_of("replay", unit, milliseconds(functions, settings.rounds, 20), next(iter(functions)))
     return rows
 
 
 def training_rows(settings: BenchConfig) -> list[Row]:
     """Whole training at 1.4 samples a step, against the peers and against our own parts, each alone."""
-
-    def ours(**kind: Any) -> tuple[Any, ...]:
-        return (contenders.Ours, contenders.our_config(settings.device, settings.num_envs, **kind))
-
     plain = "ours, the notebook's targets"
     notebook, library = "the notebook's way", "Stable-Baselines3 DQN, no curiosity"
     emulator, networks, parts = "our parts: the emulator", "our parts: the networks", "our parts, one after the other"
-    makers: dict[str, tuple[Any, ...]] = {}
+    config = partial(our_config, settings.device, settings.num_envs)
+    makers: dict[str, Maker] = {}
     if settings.peers:
-        makers[notebook] = (Notebook, settings.device)
+        makers[notebook] = partial(Notebook, settings.device)
         if importlib.util.find_spec("stable_baselines3") is not None:
-            makers[library] = (StableBaselines, settings.device)
+            makers[library] = partial(StableBaselines, settings.device)
         else:
             log.warning(f"Stable-Baselines3 is not installed and left out; {INSTALL_PEERS} brings it")
-    makers[plain] = ours(plain=True)
+    makers[plain] = partial(Ours, config(plain=True))
     if not settings.quick:
-        makers["ours, the gravitar preset's targets"] = ours()
-        makers["ours, the notebook's targets, no curiosity"] = ours(plain=True, curious=False, max_grad_norm=10.0)
-        makers["the same, eager fp32"] = ours(plain=True, curious=False, max_grad_norm=10.0, fast=False)
-    makers[emulator] = (contenders.BareEmulator, ours()[1])
-    makers[networks] = (contenders.NetworksAlone, ours(plain=True)[1])
-    speeds = take_turns(makers, settings)
+        like_library = partial(config, plain=True, curious=False, max_grad_norm=10.0)
+        makers["ours, the gravitar preset's targets"] = partial(Ours, config())
+        makers["ours, the notebook's targets, no curiosity"] = partial(Ours, like_library())
+        makers["the same, eager fp32"] = partial(Ours, like_library(fast=False))
+    makers[emulator] = partial(BareEmulator, config())
+    makers[networks] = partial(NetworksAlone, config(plain=True))
+    speeds = speeds_of(makers, settings)
     speeds[parts] = [1 / (1 / one + 1 / two) for one, two in zip(speeds[emulator], speeds[networks], strict=True)]
 
-    unit = "steps/s"
-    rows = rows_of("training", unit, speeds, notebook if settings.peers else plain, higher_is_better=True)
+    rows = rows_of("training", "steps/s", speeds, notebook if settings.peers else plain)
     if library in speeds:
         mine = {name: values for name, values in speeds.items() if name in (library, plain) or "fp32" in name}
         mine |= {name: values for name, values in speeds.items() if name.endswith("no curiosity")}
-        rows += rows_of("training, against Stable-Baselines3", unit, mine, library, higher_is_better=True)
+        rows += rows_of("training, against Stable-Baselines3", "steps/s", mine, library)
     whole = {name: speeds[name] for name in (parts, plain)}
-    return rows + rows_of("training, as a share of its parts", unit, whole, parts, higher_is_better=True)
+    return rows + rows_of("training, as a share of its parts", "steps/s", whole, parts)
 
 
 def actor_critic_rows(settings: BenchConfig) -> list[Row]:
     """Whole training of RANDAL, of PPO with curiosity and of plain PPO, against Stable-Baselines3's PPO."""
-
-    def ours(**kind: Any) -> tuple[Any, ...]:
-        return (contenders.Ours, contenders.actor_critic_config(settings.device, **kind))
-
-    plain, library = "ours, PPO without curiosity", "Stable-Baselines3 PPO, no curiosity"
-    makers: dict[str, tuple[Any, ...]] = {}
+    config = partial(actor_critic_config, settings.device)
+    library = "Stable-Baselines3 PPO, no curiosity"
+    makers: dict[str, Maker] = {}
     if settings.peers and importlib.util.find_spec("stable_baselines3") is not None:
-        makers[library] = (StablePPO, contenders.actor_critic_config(settings.device))
-    makers[plain] = ours(curious=False, tasks=False)
-    makers["ours, PPO with curiosity"] = ours(tasks=False)
-    makers["ours, randal"] = ours()
-    speeds = take_turns(makers, settings)
-    reference = library if library in speeds else plain
-    return rows_of("actor-critics, 32 games", "steps/s", speeds, reference, higher_is_better=True)
+        makers[library] = partial(StablePPO, config())
+    makers["ours, PPO without curiosity"] = partial(Ours, config(curious=False, tasks=False))
+    makers["ours, PPO with curiosity"] = partial(Ours, config(tasks=False))
+    makers["ours, randal"] = partial(Ours, config())
+    return rows_of("actor-critics, 32 games", "steps/s", speeds_of(makers, settings), next(iter(makers)))
 
 
-def take_turns(makers: dict[str, tuple[Any, ...]], settings: BenchConfig) -> dict[str, list[float]]:
+def speeds_of(makers: dict[str, Maker], settings: BenchConfig) -> dict[str, list[float]]:
     """Steps per second of every contender, round by round."""
-
-    def announce(i: int) -> None:  # between turns: nobody plays meanwhile
-        log.info(f"  round {i + 1} of {settings.rounds}: {len(makers)} turns of {settings.seconds:g} s or more")
-
-    def turn(worker: Worker) -> Callable[[], float]:
-        return lambda: worker.turn(settings.seconds)
-
-    with workers(makers) as contenders:
-        return alternate({worker.name: turn(worker) for worker in contenders}, settings.rounds, announce)
+    turns = take_turns({name: [make] for name, make in makers.items()}, settings)
+    return {name: [speed for speed, _ in found] for name, found in turns.items()}
 
 
 def run(settings: BenchConfig) -> dict[str, Any]:
@@ -232,13 +220,13 @@ def run(settings: BenchConfig) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": versions(),
         "commit": commit(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "samples_per_step": contenders.BATCH * contenders.UPDATES / contenders.STEPS,
+        "settings": asdict(settings),
+        "samples_per_step": BATCH * UPDATES / STEPS,
         "seconds": time.perf_counter() - start,
         "rows": [row.summary() | {"values": row.values} for row in rows],
     }
     print(f"{record['machine']}, {record['cores']} cores, commit {record['commit']}, {record['seconds']:.0f} s")
     print(table(rows))
     if settings.json is not None:
-        settings.json.write_text(json.dumps(record, indent=1) + "\n")
+        settings.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
     return record
