@@ -40,7 +40,7 @@ from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.files import written_whole
 from gravitar_dqn.run.folder import lock, run_to_resume, write_config
-from gravitar_dqn.tools.sweep_plan import as_options
+from gravitar_dqn.tools.sweep import as_options
 
 pytestmark = pytest.mark.faults
 

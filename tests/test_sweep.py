@@ -23,7 +23,7 @@ from gravitar_dqn.presets import get_preset
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.folder import lock, write_config
 from gravitar_dqn.runtime import processes as process_module
-from gravitar_dqn.tools import sweep, sweep_plan
+from gravitar_dqn.tools import sweep
 
 TINY = "agent.learning-starts=50 agent.buffer-size=2000 agent.batch-size=32 device=cpu precision=fp32"
 
@@ -44,9 +44,9 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, strict=True))
 
 
-def jobs(*words: str) -> list[sweep_plan.Job]:
-    options = commands.parse(sweep_plan.SweepConfig, words, "sweep.py", "")
-    return sweep_plan.plan(options, 3, lambda arguments: commands.parse_train(arguments, "train.py")[0].config)
+def jobs(*words: str) -> list[sweep.Job]:
+    options = commands.parse(sweep.SweepConfig, words, "sweep.py", "")
+    return sweep.plan(options, 3, lambda arguments: commands.parse_train(arguments, "train.py")[0].config)
 
 
 class Processes:
@@ -121,11 +121,9 @@ def test_what_is_said_twice_runs_once_and_a_variant_beats_the_settings() -> None
 
 
 def test_a_folders_name_is_readable_and_nobody_elses() -> None:
-    assert (
-        sweep_plan.shortened("gravitar__agent.n-step=1 rnd.coef=0.5__2") == "gravitar__agent.n-step=1_rnd.coef=0.5__2"
-    )
-    odd = [sweep_plan.shortened(f"gravitar__env.id=ALE{mark}Pong-v5__1") for mark in "/\\:*"]
-    long = [sweep_plan.shortened(f"gravitar__{'x' * 300}__{seed}") for seed in (1, 2)]
+    assert sweep.shortened("gravitar__agent.n-step=1 rnd.coef=0.5__2") == "gravitar__agent.n-step=1_rnd.coef=0.5__2"
+    odd = [sweep.shortened(f"gravitar__env.id=ALE{mark}Pong-v5__1") for mark in "/\\:*"]
+    long = [sweep.shortened(f"gravitar__{'x' * 300}__{seed}") for seed in (1, 2)]
     assert len({*odd, *long}) == 6
     assert all(len(name) < 130 and not set(name) & set("/\\:* ") for name in odd + long)
 

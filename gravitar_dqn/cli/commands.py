@@ -195,13 +195,12 @@ def sweep_command(argv: Sequence[str], prog: str = "sweep.py") -> int:
     """`sweep PRESET [PRESET ...] [options]`."""
     from gravitar_dqn.runtime.processes import available_cores
     from gravitar_dqn.tools import sweep
-    from gravitar_dqn.tools.sweep_plan import SweepConfig, plan
 
     description = "Train presets and variants of them with several seeds, evaluate each run, and compare."
-    options = parse(SweepConfig, argv, prog, f"{description} Ctrl-C stops it; the same command again goes on.")
+    options = parse(sweep.SweepConfig, argv, prog, f"{description} Ctrl-C stops it; the same command again goes on.")
     train_prog = prog.replace("sweep", "train")
     core_sets = sweep.split_cores(available_cores(), max(options.parallel, 1))
-    jobs = plan(options, len(core_sets[0]), lambda words: parse_train(words, train_prog)[0].config)
+    jobs = sweep.plan(options, len(core_sets[0]), lambda words: parse_train(words, train_prog)[0].config)
     return sweep.run(options, jobs, core_sets)
 
 
