@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gravitar_dqn.config import flatten
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run.files import read_json, read_rows
-from gravitar_dqn.run.folder import load_run
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from gravitar_dqn.run.folder import load_run, removed_after_errors
 
 # The ending of the event files that are written here: only these are ever replaced.
 OURS = ".gravitar-dqn"
@@ -31,7 +28,7 @@ SECTIONS = {
 REST = "learning"
 EVALUATION = "evaluation"  # all of evaluations.csv, whose columns have names of their own
 
-Row = Mapping[str, float]
+Row = dict[str, float]
 
 
 def export_tensorboard(run_dir: Path, out: Path | None = None) -> Path:
@@ -44,7 +41,7 @@ def export_tensorboard(run_dir: Path, out: Path | None = None) -> Path:
         out: the folder for a folder of the run's name; without one it is `tensorboard` in the run's.
     """
     load_run(run_dir)  # a wrong folder is known before torch is loaded
-    tables = {name: list(read_numbers(run_dir / f"{name}.csv")) for name in ("metrics", "episodes", "evaluations")}
+    tables = {name: read_numbers(run_dir / f"{name}.csv") for name in ("metrics", "episodes", "evaluations")}
     if not any(tables.values()):
         raise UserError(f"{run_dir} has no rows yet: there is nothing to export")
     try:
@@ -53,56 +50,34 @@ def export_tensorboard(run_dir: Path, out: Path | None = None) -> Path:
         raise UserError("there is no TensorBoard: pip install -e '.[tensorboard]' brings it") from None
     home = run_dir / "tensorboard" if out is None else out / run_dir.resolve().name
     home.mkdir(parents=True, exist_ok=True)
-    before = exported(home)
-    try:
-        with SummaryWriter(str(home), filename_suffix=OURS) as writer:
-            write(writer, run_dir, tables)
-    except BaseException:
-        remove(exported(home) - before)  # half of a run
-        raise
-    remove(before)
+    before = [*home.glob(f"events.out.tfevents.*{OURS}")]
+    with removed_after_errors(home), SummaryWriter(str(home), filename_suffix=OURS) as writer:
+        time_of = clock(run_dir, tables["metrics"])
+        record = read_json(run_dir / "config.json")
+        settings = flatten(record.pop("config")) | flatten(record)
+        writer.add_text("settings", as_table(settings), 0, time_of(0))
+        for table, rows in tables.items():
+            # A resumed run keeps the evaluations of steps that it plays again: its rows are not in order.
+            for row in sorted(rows, key=lambda row: row["global_step"]):
+                step = row.pop("global_step")
+                for name, value in row.items():
+                    section = EVALUATION if table == "evaluations" else section_of(name)
+                    writer.add_scalar(f"{section}/{name}", value, int(step), time_of(step))
+    for path in before:
+        path.unlink(missing_ok=True)
     return home
 
 
-def exported(home: Path) -> set[Path]:
-    """The event files that an export has left in a folder."""
-    return {path for path in home.glob(f"events.out.tfevents.*{OURS}") if path.is_file()}
-
-
-def remove(paths: set[Path]) -> None:
-    """Remove files, if they are still there."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def read_numbers(path: Path) -> Iterator[Row]:
-    """The rows of a run's CSV file, without the cells that are empty or not finite."""
-    for row in read_rows(path):
-        try:
-            numbers = {name: float(value) for name, value in row.items() if value}
-        except ValueError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        if "global_step" not in finite:
-            raise UserError(f"{path} cannot be read: a row has no global_step")
-        yield finite
-
-
-def write(writer: SummaryWriter, run_dir: Path, tables: Mapping[str, Sequence[Row]]) -> None:
-    """Everything about a run."""
-    time_of = clock(run_dir, tables["metrics"])
-    record = read_json(run_dir / "config.json")
-    settings = record.pop("config")
-    writer.add_text("settings", as_table(flatten(settings) | flatten(record)), 0, time_of(0))
-    for table, rows in tables.items():
-        # A run that goes on from a checkpoint keeps its evaluations of steps that are played again: they go back.
-        for row in sorted(rows, key=lambda row: row["global_step"]):
-            step = int(row["global_step"])
-            seconds = time_of(step)
-            for name, value in row.items():
-                if name != "global_step":
-                    section = EVALUATION if table == "evaluations" else section_of(name)
-                    writer.add_scalar(f"{section}/{name}", value, step, seconds)
+def read_numbers(path: Path) -> list[Row]:
+    """The rows of a run's CSV file, without the cells that are empty or not finite; UserError for other cells."""
+    try:
+        numbers = [{name: float(value) for name, value in row.items() if value} for row in read_rows(path)]
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    rows = [{name: value for name, value in row.items() if math.isfinite(value)} for row in numbers]
+    if not all("global_step" in row for row in rows):
+        raise UserError(f"{path} cannot be read: a row has no global_step")
+    return rows
 
 
 def clock(run_dir: Path, metrics: Sequence[Row]) -> Callable[[float], float]:
@@ -119,10 +94,8 @@ def clock(run_dir: Path, metrics: Sequence[Row]) -> Callable[[float], float]:
 
 def section_of(column: str) -> str:
     """TensorBoard's section for a column of metrics.csv or episodes.csv."""
-    for section, parts in SECTIONS.items():
-        if any(part in column for part in parts):
-            return section
-    return REST
+    fitting = (section for section, parts in SECTIONS.items() if any(part in column for part in parts))
+    return next(fitting, REST)
 
 
 def as_table(values: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from gravitar_dqn.config import differences, flatten, to_dict
+from gravitar_dqn.config import bounded, differences
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run.files import read_json, read_rows
@@ -32,7 +32,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", ":")  # when the colours are used up
 GREY = "0.45"
 GRID = 400  # points of a curve
-UNDECIDING = {"seed", "env.num_threads"}  # runs that differ in nothing else are drawn as one
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class PlotConfig:
     """The picture; its ending decides on the format."""
     published: bool = False
     """Gravitar only: also published curves, random play and the human score."""
-    smooth: int = field(default=100, metadata={"low": 1, "high": 1e9})
+    smooth: int = bounded(100, low=1, high=1e9)
     """Games of the moving mean."""
     title: str = ""
     """Above the curves."""
@@ -60,7 +59,7 @@ class Curve:
     run: str  # its folder's name
     preset: str
     seed: int
-    settings: Mapping[str, Any]  # that differ from the preset's, by dotted names
+    settings: list[str]  # that differ from the preset's, as they are typed, without the seed
     game: str
     x: Floats  # (games,), rising
     scores: Floats  # (games,), a moving mean
@@ -86,9 +85,8 @@ def plot(options: PlotConfig) -> None:
         draw_published(axes)
     if any(curve.evaluation is not None for curve in curves):
         axes.plot([], [], "D", color=GREY, markersize=5, label="evaluation, mean")
-    axes.set_xlabel({"frames": "emulator frames", "minutes": "minutes of training", "steps": "agent steps"}[options.x])
-    axes.set_ylabel(f"score, mean of {options.smooth} games")
-    axes.set_title(options.title or curves[0].game)
+    xlabel = {"frames": "emulator frames", "minutes": "minutes of training", "steps": "agent steps"}[options.x]
+    axes.set(xlabel=xlabel, ylabel=f"score, mean of {options.smooth} games", title=options.title or curves[0].game)
     axes.xaxis.set_major_formatter(_short)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -127,37 +125,31 @@ def read_curves(options: PlotConfig) -> list[Curve]:
 def read_curve(run_dir: Path, unit: str, smooth: int) -> Curve:
     """The scores of a run over `unit` (frames, minutes or steps); UserError when it has none yet."""
     config = load_run(run_dir)
-    games = read_columns(run_dir / "episodes.csv", ("global_step", "episodic_return"))
-    metrics = read_columns(run_dir / "metrics.csv", ("global_step", "frames", "wall_seconds"))
-    steps, scores = games["global_step"], games["episodic_return"]
-    if len(steps) < 2 or not len(metrics["global_step"]):
+    steps, scores = read_columns(run_dir / "episodes.csv", ("global_step", "episodic_return"))
+    logged, frames, seconds = read_columns(run_dir / "metrics.csv", ("global_step", "frames", "wall_seconds"))
+    if len(steps) < 2 or not len(logged):
         raise UserError(f"{run_dir} has not finished two games yet")
-    frames_per_step = metrics["frames"][-1] / max(metrics["global_step"][-1], 1)
+    frames_per_step = frames[-1] / max(logged[-1], 1)
 
     def over(steps: Floats) -> Floats:
         if unit == "minutes":
-            seconds = np.append(0.0, metrics["wall_seconds"])
-            return np.asarray(np.interp(steps, np.append(0.0, metrics["global_step"]), seconds) / 60)
+            return np.asarray(np.interp(steps, np.append(0, logged), np.append(0, seconds)) / 60)
         return steps * frames_per_step if unit == "frames" else steps
 
     evaluation = evaluation_of(run_dir)
     if evaluation is not None:
         evaluation = float(over(np.array(evaluation[0] / frames_per_step))), evaluation[1]
-    preset = PRESETS.get(config.preset)
-    changed = [] if preset is None else [line.partition(":")[0] for line in differences(preset, config)]
-    values = flatten(to_dict(config))
-    settings = {name: values[name] for name in changed if name not in UNDECIDING}
-    name = run_dir.resolve().name
-    return Curve(
-        name, config.preset, config.seed, settings, config.env.id, over(steps), moving_mean(scores, smooth), evaluation
-    )
+    changed = differences(PRESETS.get(config.preset, config), config)
+    settings = [f"{name}={value}".replace("_", "-") for name, (_, value) in changed.items() if name != "seed"]
+    name, scores = run_dir.resolve().name, moving_mean(scores, smooth)
+    return Curve(name, config.preset, config.seed, settings, config.env.id, over(steps), scores, evaluation)
 
 
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, Floats]:
-    """Columns of a run's CSV file; empty ones when there is no file."""
+def read_columns(path: Path, names: Sequence[str]) -> Floats:
+    """Columns of a run's CSV file, (len(names), rows); no rows when there is no file."""
     rows = read_rows(path)
     try:
-        return {name: np.array([float(row[name]) for row in rows]) for name in names}
+        return np.array([[float(row[name]) for row in rows] for name in names])
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -185,15 +177,13 @@ def grouped(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
 
     Where that is all the difference there is, every run is alone.
     """
-    shared = set.intersection(*({*map(repr, curve.settings.items())} for curve in curves))
+    shared = set.intersection(*(set(curve.settings) for curve in curves))
     presets = {curve.preset for curve in curves}
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
-        differing = [f"{name}={value}" for name, value in curve.settings.items() if repr((name, value)) not in shared]
-        name = " ".join(
-            [curve.preset] * (len(presets) > 1 or not differing) + [setting.replace("_", "-") for setting in differing]
-        )
-        groups.setdefault(name, []).append(curve)
+        differing = [setting for setting in curve.settings if setting not in shared]
+        preset = [curve.preset] if len(presets) > 1 or not differing else []
+        groups.setdefault(" ".join(preset + differing), []).append(curve)
     if len(groups) == 1:  # nothing to compare but the runs themselves
         names = [f"{curve.preset}, seed {curve.seed}" for curve in curves]
         names = names if len(set(names)) == len(names) else [curve.run for curve in curves]
@@ -226,31 +216,27 @@ def check_published(options: PlotConfig, curves: Sequence[Curve]) -> None:
         raise UserError(f"--published has scores by frames, not by {options.x}: --x frames")
 
 
-def read_published() -> dict[str, tuple[Floats, Floats]]:
-    """Published curves of Gravitar: frames and scores of each agent."""
-    rows = read_rows(PUBLISHED)
-    return {
-        agent: (
-            np.array([1e6 * float(row["frames_millions"]) for row in rows if row["agent"] == agent]),
-            np.array([float(row["score"]) for row in rows if row["agent"] == agent]),
-        )
-        for agent in dict.fromkeys(row["agent"] for row in rows)
-    }
+def read_published() -> dict[str, Floats]:
+    """Published curves of Gravitar by agent, (2, points): frames and scores."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in read_rows(PUBLISHED):
+        points.setdefault(row["agent"], []).append((1e6 * float(row["frames_millions"]), float(row["score"])))
+    return {agent: np.array(those).T for agent, those in points.items()}
 
 
 def draw_published(axes: Axes) -> None:
     """Published curves over the frames that the runs went, at least 10 million; random play and a human's score."""
     end = max(axes.get_xlim()[1], 10e6)
     names = {"random play": RANDOM_PLAY, "human": HUMAN}
-    for agent, (frames, scores) in read_published().items():
-        shown = np.append(frames[frames < end], end)
-        drawn = np.interp(shown, frames, scores, left=np.nan, right=np.nan)
-        if not np.isfinite(drawn).any():  # its first point lies beyond the picture
-            continue
-        axes.plot(shown, drawn, "--", color=GREY, linewidth=1)
-        names[agent] = float(drawn[np.isfinite(drawn)][-1])
-    for level in (RANDOM_PLAY, HUMAN):
+    for level in names.values():
         axes.axhline(level, linestyle=":", color=GREY, linewidth=1)
+    for agent, (frames, scores) in read_published().items():
+        if frames[0] <= end:  # its first point lies in the picture
+            last = min(end, frames[-1])
+            shown = np.append(frames[frames < last], last)
+            drawn = np.interp(shown, frames, scores)
+            axes.plot(shown, drawn, "--", color=GREY, linewidth=1)
+            names[agent] = float(drawn[-1])
     axes.set_xlim(0, end)
     axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], HUMAN))
     top, above = axes.get_ylim()[1], -np.inf
