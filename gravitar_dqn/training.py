@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.folder import cannot_be_written, check_free, lock, removed_after_errors, write_config
 from gravitar_dqn.run.logs import show_log, speaks
+from gravitar_dqn.run.status import shares
 from gravitar_dqn.run.telemetry import Console, Tracker
 from gravitar_dqn.runtime import distributed
+from gravitar_dqn.runtime.clock import Every
 from gravitar_dqn.runtime.execution import (
     check_execution,
     choose_device,
@@ -56,12 +57,12 @@ class Checkpointer:
     def __init__(self, run_dir: Path, config: RunConfig, agent: Agent, tracker: Tracker, console: Console) -> None:
         self._run_dir, self._config = run_dir, config
         self._agent, self._tracker, self._console = agent, tracker, console
-        self._due = time.monotonic() + 60 * config.checkpoint_minutes
+        self._every = Every(60 * config.checkpoint_minutes, tracker.wall_seconds)
         self.saved_step = agent.global_step  # of the newest checkpoint
 
     def step(self, episodes: list[Episode]) -> None:
         """Save when it is time."""
-        if time.monotonic() >= self._due:
+        if self._every.due(self._tracker.wall_seconds):
             try:
                 self.save()
             except OSError as error:
@@ -72,7 +73,6 @@ class Checkpointer:
 
         OSError when it cannot be written; NotFinite when what it would hold has NaN or infinity.
         """
-        self._due = time.monotonic() + 60 * self._config.checkpoint_minutes
         state = self.state(replay=self._config.checkpoint_replay and distributed.size() == 1)
         checkpoint.save(self._run_dir, state, self._agent.global_step, self._config.keep_checkpoints)
         self.saved_step = self._agent.global_step
@@ -88,13 +88,6 @@ class Checkpointer:
         if name := checkpoint.not_finite(state):
             raise NotFinite(f"{name} holds NaN or infinity")
         return state
-
-    def save_first(self) -> None:
-        """`save`, so that a kill leaves something whole to resume from; UserError when that cannot be."""
-        try:
-            self.save()
-        except OSError as error:
-            raise cannot_be_written(self._run_dir, error) from None
 
     def save_last(self) -> None:
         """`save`, or NotSaved."""
@@ -132,6 +125,8 @@ def follow(
             checkpointer = Checkpointer(run_dir, config, agent, tracker, console)
             evaluator = Evaluator(run_dir, config, agent, checkpointer.state, resumed=bool(state))
             others = [*further()]
+            if not state:
+                checkpointer.save()  # so that a kill leaves something whole to resume from
         except OSError as error:
             raise cannot_be_written(run_dir, error) from None
         beginning = "going on with" if state else "run folder:"
@@ -143,8 +138,12 @@ def follow(
             kept = " (--checkpoint-replay keeps it)" if distributed.size() == 1 else ""
             log.info(f"the replay buffer fills anew before learning goes on{kept}")
         video_dir = Path(config.video_dir) / run_dir.name
-        if (dashboard := open_dashboard(config.dashboard, run_dir, video_dir)) is not None:
+        server = find_or_start_server() if config.dashboard == "auto" else config.dashboard
+        if server not in (None, "off"):
+            dashboard = Dashboard(run_dir, server, video_dir=video_dir)
+            dashboard.start()
             closing.callback(dashboard.close)
+            log.info("dashboard: %s", dashboard.url)
         recorder = Recorder(config, video_dir, agent, console)
         closing.enter_context(tracker)
         closing.callback(recorder.close)
@@ -319,8 +318,6 @@ def run(
         following = follow(config, run_dir, agent, spec_of(envs), state, further)
         with contextlib.nullcontext() if state else removed_after_errors(run_dir):
             tracker, checkpointer, evaluator, observers = closing.enter_context(following)
-            if not state:
-                checkpointer.save_first()
         timer = Timer(torch.cuda.synchronize if show_times and agent.device.type == "cuda" else None)
         first_step = agent.global_step
         try:
@@ -347,7 +344,8 @@ def run(
                     checkpointer.save_last()
                     stays = "saved"
                 stays += f", go on with: {how}"
-            raise broken_off(error, agent, stays) from None
+            hint = "; a new run with a lower learning rate may do better" if isinstance(error, NotFinite) else ""
+            raise type(error)(f"{error}; stopped at step {agent.global_step}; {stays}{hint}") from None
         if show_times:
             farewell.append(timer.table(agent.global_step - first_step))
         if at_end:
@@ -355,12 +353,6 @@ def run(
             return 0
         farewell.append(f"stopped at step {agent.global_step}, saved; go on with: {how}")
         return wish
-
-
-def broken_off(error: NotFinite | OutOfMemory | RankLost, agent: Agent, stays: str) -> UserError:
-    """What a run that cannot go on ends with: what happened, when, what is left and what would do."""
-    hint = "; a new run with a lower learning rate may do better" if isinstance(error, NotFinite) else ""
-    return type(error)(f"{error}; stopped at step {agent.global_step}; {stays}{hint}")
 
 
 def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
@@ -377,21 +369,4 @@ def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
 
 def finished(config: RunConfig, agent: Agent, wall_seconds: float) -> bool:
     """Whether the run has reached its end, after `wall_seconds` of training."""
-    return (
-        agent.global_step >= config.total_steps
-        or 0 < config.total_episodes <= agent.episodes
-        or 0 < 60 * config.total_minutes <= wall_seconds
-    )
-
-
-def open_dashboard(choice: str, run_dir: Path, video_dir: Path) -> Dashboard | None:
-    """The dashboard of a run, on a server of its choice; None, and a warning, when there can be none."""
-    if choice == "off":
-        return None
-    server = find_or_start_server() if choice == "auto" else choice
-    if server is None:
-        return None
-    dashboard = Dashboard(run_dir, server, video_dir=video_dir)
-    dashboard.start()
-    log.info("dashboard: %s", dashboard.url)
-    return dashboard
+    return max(shares(config, agent.global_step, agent.episodes, wall_seconds)) >= 1

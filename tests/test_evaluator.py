@@ -20,6 +20,7 @@ from run_helpers import CARTPOLE, refusal, rows, train
 
 from gravitar_dqn.cli import commands
 from gravitar_dqn.cli.arguments import EvaluateArguments
+from gravitar_dqn.errors import Interrupted
 from gravitar_dqn.evaluation import evaluator
 from gravitar_dqn.evaluation.background import Worker
 from gravitar_dqn.evaluation.evaluator import Evaluator
@@ -154,7 +155,7 @@ def test_another_process_plays_whole_games(run_dir: Path, caplog: pytest.LogCapt
     (row,) = rows(run_dir / "evaluations.csv")
     assert (row["global_step"], row["games"]) == (60, 7), "the step is that of the checkpoint's agent"
     assert row["mean"] >= 8, "a CartPole game lasts at least 8 steps"
-    assert from_run(run_dir, checkpoint.best_of(run_dir)).global_step == 60
+    assert from_run(run_dir, "best").global_step == 60
     process = made._worker._process
     assert process is not None
     if sys.platform == "linux":
@@ -192,7 +193,7 @@ def test_a_run_with_evaluations(run_dir: Path, tmp_path: Path, monkeypatch: pyte
     assert train(*words) == 0
     assert [row["global_step"] for row in rows(run / "evaluations.csv")] == [100, 200, 300, 400, 450], "the last too"
     best = max(rows(run / "evaluations.csv"), key=lambda row: row["mean"])
-    assert checkpoint.read(checkpoint.best_of(run))["agent"]["clocks"]["global_step"] == best["global_step"]
+    assert checkpoint.read(checkpoint.find(run, "best"))["agent"]["clocks"]["global_step"] == best["global_step"]
     words = [str(run), "--episodes", "2"]
     assert commands.run(commands.evaluate_command, [*words, "--checkpoint", "best"], "evaluate.py") == 0
     assert (run / "eval_best.json").exists()
@@ -321,7 +322,8 @@ def test_games_end_with_the_run_that_ordered_them(run_dir: Path, monkeypatch: py
     parents = iter([7, 7, 7, 1])
     monkeypatch.setattr(evaluator.os, "getppid", lambda: next(parents, 1))
     order = {"run_dir": str(run_dir), "checkpoint": str(checkpoint.folder(run_dir) / "latest"), "games": 500}
-    assert evaluator._evaluate({**order, "episodes": 1, "seed": 3}).keys() == {"error"}
+    with pytest.raises(Interrupted):
+        evaluator._evaluate({**order, "episodes": 1, "seed": 3})
 
 
 def test_a_resumed_run_may_begin_to_evaluate(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

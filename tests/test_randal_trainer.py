@@ -21,9 +21,9 @@ from gravitar_dqn.envs import config_of, make_envs
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation.acting import play_games
 from gravitar_dqn.networks import ActorCritic
-from gravitar_dqn.randal.trainer import Every
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.folder import load_run
+from gravitar_dqn.runtime.clock import Every
 from gravitar_dqn.runtime.processes import Stop
 
 

@@ -44,12 +44,6 @@ if TYPE_CHECKING:
     from gravitar_dqn.evaluation.trained_agent import Trained
 
 
-def run_folder(config: RunConfig) -> Path:
-    """runs/<env>__<preset>__<seed>__<time>."""
-    name = "__".join([config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")])
-    return RUNS / name
-
-
 def resume_folder(argv: Sequence[str]) -> Path | None:
     """The folder after --resume, needed before the rest can be read: the saved settings are the defaults.
 
@@ -89,7 +83,8 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
     """`train [PRESET] [options]`."""
     arguments, saved = parse_train(argv, prog)
     config, resume = arguments.config, arguments.resume
-    run_dir = arguments.run_dir or run_folder(config)
+    name = [config.env.id.replace("/", "-"), config.preset, str(config.seed), time.strftime("%Y%m%d-%H%M%S")]
+    run_dir = arguments.run_dir or RUNS / "__".join(name)
     looks = torchrun_rank() == 0  # the other ranks never look at the folder
     if resume == "auto":
         if arguments.run_dir is None:
@@ -127,20 +122,16 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
             log.info(str(error))
             return stop.exit_code
     partial = stop.requested and result["episodes"] < arguments.episodes
-    unwritten: OSError | None = None
     lines = [table(result)]
-    if run_dir is not None:  # what is known of all games is not lost to what is known of a few
-        played = Path(arguments.checkpoint).stem
-        kinds = {played: played != "latest", "cut": arguments.max_steps > 0, "partial": partial}
-        name = "_".join(["eval", *(kind for kind, applies in kinds.items() if applies)]) + ".json"
-        try:
+    try:
+        if run_dir is not None:  # what is known of all games is not lost to what is known of a few
+            played = Path(arguments.checkpoint).stem
+            kinds = {played: played != "latest", "cut": arguments.max_steps > 0, "partial": partial}
+            name = "_".join(["eval", *(kind for kind, applies in kinds.items() if applies)]) + ".json"
             write_json(run_dir / name, result)
             lines.append(f"written to {run_dir / name}")
-        except OSError as error:  # the games were played: they are shown all the same
-            unwritten = error
-    print("\n".join(lines))
-    if unwritten is not None:
-        raise unwritten
+    finally:  # the games were played: they are shown all the same
+        print("\n".join(lines))
     if arguments.max_steps:
         log.info("games were cut off after %d steps: their scores are not those of whole games", arguments.max_steps)
     if partial:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -16,26 +17,37 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from gravitar_dqn.errors import UserError
+
+log = logging.getLogger(__name__)
+
 Table = dict[str, Any]
 
 
 class Worker:
-    """The process, as the run sees it. It is started by the first order.
+    """The process, as the run sees it. It is started by the first order. A failure is one warning, and the last of it.
 
     Args:
         module: the module that it runs, which calls `serve`.
         ended: the error when the process ends by itself.
+        consequence: what every warning begins with.
     """
 
-    def __init__(self, module: str, ended: str) -> None:
-        self._module, self._ended = module, ended
+    def __init__(self, module: str, ended: str, consequence: str = "") -> None:
+        self._module, self._ended, self._consequence = module, ended, consequence
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[Table] = queue.SimpleQueue()
         self.busy = False  # an order was given, and its answer not taken
+        self.failed = False
+
+    @property
+    def free(self) -> bool:
+        """Whether it can take an order."""
+        return not (self.busy or self.failed)
 
     def order(self, order: Table) -> None:
-        """Hand over an order while the worker is not busy; OSError when it cannot be started or has ended."""
-        assert not self.busy
+        """Hand over an order while the worker is free; OSError when it cannot be started or has ended."""
+        assert self.free
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self._module],
@@ -59,13 +71,21 @@ class Worker:
         self._answers.put({"error": self._ended})
 
     def answer(self, timeout: float = 0.0) -> Table | None:
-        """The answer to the last order, with `error` where it failed; None while there is none."""
+        """The answer to the last order; None while there is none, and where it failed."""
         try:
-            answer = self._answers.get(timeout=timeout) if timeout else self._answers.get_nowait()
+            answer = self._answers.get(timeout > 0, timeout)
         except queue.Empty:
             return None
         self.busy = False
+        if "error" in answer:
+            self.give_up(answer["error"])
+            return None
         return answer
+
+    def give_up(self, reason: object) -> None:
+        """Warn of a failure, and take no more orders."""
+        log.warning("%s%s", self._consequence, reason)
+        self.failed = True
 
     def close(self) -> None:
         """End the process."""
@@ -84,6 +104,8 @@ def serve(carry_out: Callable[[Table], Table]) -> Table | None:
         order = json.loads(line)
         try:
             answer = carry_out(order)
+        except (UserError, OSError) as error:
+            answer = {"error": str(error)}
         except Exception as error:  # whatever it is, nobody else would hear of it
             answer = {"error": f"{type(error).__name__}: {error}"}
         try:

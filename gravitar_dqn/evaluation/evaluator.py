@@ -13,7 +13,6 @@ import torch
 
 from gravitar_dqn.agents.base import Agent
 from gravitar_dqn.config import RunConfig
-from gravitar_dqn.errors import UserError
 from gravitar_dqn.evaluation.background import Worker, serve
 from gravitar_dqn.evaluation.scores import evaluate
 from gravitar_dqn.evaluation.trained_agent import from_run
@@ -21,6 +20,7 @@ from gravitar_dqn.loop import Episode
 from gravitar_dqn.run import checkpoint
 from gravitar_dqn.run.csv_log import CsvLog
 from gravitar_dqn.run.files import read_rows
+from gravitar_dqn.runtime.clock import Every
 
 COLUMNS = "global_step episodes games mean std median iqm iqm_low iqm_high".split()  # the first two are the run's
 EPSILON = 0.001
@@ -47,27 +47,24 @@ class Evaluator:
         self, run_dir: Path, config: RunConfig, agent: Agent, state: Callable[[], dict[str, Any]], *, resumed: bool
     ) -> None:
         self._run_dir, self._config, self._agent, self._state = run_dir, config, agent, state
-        self._every = config.eval_every
-        self._due = (agent.global_step // self._every + 1) * self._every if self._every else 0
+        self._every = Every(config.eval_every, agent.global_step)
         self._ordered = -1  # the step of the newest order
         self._candidate = checkpoint.folder(run_dir) / "candidate.pt"
-        self._worker = Worker("gravitar_dqn.evaluation.evaluator", "the evaluating process ended")
-        path = run_dir / "evaluations.csv"
+        module = "gravitar_dqn.evaluation.evaluator"
+        self._worker = Worker(module, "the evaluating process ended", "no more evaluations: ")
         self._best = mean_of_best(run_dir) if resumed else None
-        self._rows = CsvLog(path, COLUMNS, 2**62 if resumed else None) if self._every else None
+        if config.eval_every:
+            self._rows = CsvLog(run_dir / "evaluations.csv", COLUMNS, 2**62 if resumed else None)
 
     def step(self, episodes: list[Episode]) -> None:
         """Collect an evaluation that is done; order one when it is time."""
-        if not self._every:
-            return
         if self._worker.busy:
             self._collect()
-        if self._agent.global_step >= self._due and not self._worker.busy and self._every:
+        if self._worker.free and self._every.due(self._agent.global_step):
             self._order()
 
     def _order(self) -> None:
         step = self._agent.global_step
-        self._due = (step // self._every + 1) * self._every
         try:
             checkpoint.write(self._candidate, self._state())
         except OSError as error:
@@ -85,15 +82,12 @@ class Evaluator:
             )
             self._ordered = step
         except OSError as error:
-            self._give_up(str(error))
+            self._worker.give_up(error)
 
     def _collect(self, timeout: float = 0.0) -> None:
         answer = self._worker.answer(timeout)
         if answer is None:
-            return None
-        if "error" in answer:
-            return self._give_up(answer["error"])
-        assert self._rows is not None
+            return
         low, high = answer["iqm_ci95"]
         row = {**answer, "iqm_low": low, "iqm_high": high}
         self._rows.add([row[name] if isinstance(row[name], int) else f"{row[name]:g}" for name in COLUMNS])
@@ -106,18 +100,13 @@ class Evaluator:
                 self._best = mean
             except OSError as error:
                 log.warning("the best checkpoint could not be kept: %s", error)
-        return None
-
-    def _give_up(self, reason: str) -> None:
-        log.warning("no more evaluations: %s", reason)
-        self._every = 0
 
     def finish(self, interrupted: Callable[[], bool]) -> None:
         """Evaluate the policy that the run has ended with, and wait for it unless `interrupted`."""
-        if self._every and self._ordered != self._agent.global_step:
+        if self._config.eval_every and not self._worker.failed and self._ordered != self._agent.global_step:
             log.info("the last policy is being evaluated; Ctrl-C leaves that out")
             self._wait(interrupted)
-            if self._every and not interrupted():
+            if self._worker.free and not interrupted():
                 self._order()
         self._wait(interrupted)
 
@@ -146,19 +135,12 @@ def mean_of_best(run_dir: Path) -> float | None:
 def _evaluate(order: dict[str, Any]) -> dict[str, Any]:
     """Carry out one order of an Evaluator, as long as that lives."""
     parent = os.getppid()
-    try:
-        trained = from_run(Path(order["run_dir"]), Path(order["checkpoint"]))
-        how = {"episodes": order["games"], "epsilon": EPSILON, "seed": order["seed"]}
-        cpu = torch.device("cpu")
-        result = evaluate(trained, **how, device=cpu, interrupted=lambda: os.getppid() != parent)
-    except (UserError, OSError) as error:
-        return {"error": str(error)}
-    return {
-        **result,
-        "global_step": trained.global_step,
-        "episodes": order["episodes"],
-        "games": result["episodes"],
-    }
+    trained = from_run(Path(order["run_dir"]), Path(order["checkpoint"]))
+    how = {"episodes": order["games"], "epsilon": EPSILON, "seed": order["seed"]}
+    cpu = torch.device("cpu")
+    result = evaluate(trained, **how, device=cpu, interrupted=lambda: os.getppid() != parent)
+    counts = {"global_step": trained.global_step, "episodes": order["episodes"], "games": result["episodes"]}
+    return result | counts
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gravitar_dqn.envs.spec import frames_per_step, is_atari
 from gravitar_dqn.errors import Interrupted
 from gravitar_dqn.evaluation.acting import Policy, load_policy, play_games
 from gravitar_dqn.evaluation.trained_agent import Trained
+from gravitar_dqn.runtime.clock import Every
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +77,10 @@ class Progress:
     def __init__(self, episodes: int) -> None:
         self._scores: list[float] = []
         self._episodes, self._steps = episodes, 0
-        self._said = self._shown = time.monotonic()
+        self._start = time.monotonic()
         self._bar = tqdm(total=episodes, unit=" games", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
         self._bar.refresh()
+        self._every = Every(SAY_EVERY if self._bar.disable else SHOW_EVERY)
 
     def add(self, score: float) -> None:
         """Another game has ended."""
@@ -88,17 +90,14 @@ class Progress:
     def step(self) -> None:
         """Every game has gone a step on."""
         self._steps += 1
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= SAY_EVERY:
-            log.info("%d of %d games, %s", len(self._scores), self._episodes, self._state())
-            self._said = now
-        if not self._bar.disable and now - self._shown >= SHOW_EVERY:
-            self._bar.set_postfix_str(self._state())
-            self._shown = now
-
-    def _state(self) -> str:
+        if not self._every.due(time.monotonic() - self._start):
+            return
         mean = f"mean score {np.mean(self._scores):,.1f}, " if self._scores else ""
-        return f"{mean}{self._steps:,} steps in each environment"
+        state = f"{mean}{self._steps:,} steps in each environment"
+        if self._bar.disable:
+            log.info("%d of %d games, %s", len(self._scores), self._episodes, state)
+        else:
+            self._bar.set_postfix_str(state)
 
     def close(self) -> None:
         """Take the bar away: the table follows."""

@@ -10,7 +10,6 @@ every emulator frame of a long game that is gigabytes.)
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,9 +31,8 @@ from gravitar_dqn.evaluation.background import Worker, serve
 from gravitar_dqn.evaluation.overlay import Overlay
 from gravitar_dqn.loop import Episode
 from gravitar_dqn.presets import from_dict
+from gravitar_dqn.run.files import written_whole
 from gravitar_dqn.run.telemetry import Console
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -46,7 +44,6 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         raise UserError("no video: there is no ffmpeg; pip install imageio-ffmpeg brings one") from None
-    temporary = path.with_suffix(".part.mp4")
     writer: Any = None
 
     def append(picture: npt.NDArray[np.uint8]) -> None:
@@ -67,21 +64,18 @@ def mp4_writer(path: Path, fps: float) -> Iterator[Callable[[npt.NDArray[np.uint
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield append
-        if writer is not None:
-            writer.close()
+        with written_whole(path, suffix=".part.mp4") as temporary:
+            try:
+                yield append
+            finally:
+                if writer is not None:
+                    writer.close()
             try:
                 imageio_ffmpeg.count_frames_and_secs(str(temporary))
             except RuntimeError:  # ffmpeg says nothing when the disk fills up at the end
                 raise OSError("ffmpeg could not finish it: is the disk full?") from None
-            temporary.replace(path)
     except OSError as error:
         raise UserError(f"no video: {path} cannot be written ({' '.join(str(error).split())[:200]})") from None
-    finally:
-        if writer is not None:
-            writer.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def record_game(
@@ -124,17 +118,15 @@ class Recorder:
     def __init__(self, config: RunConfig, home: Path, agent: Agent, console: Console) -> None:
         self._config, self._home, self._agent, self._console = config, home, agent, console
         self._worker = Worker("gravitar_dqn.evaluation.video", "no more videos: the recording process ended")
-        self._enabled = config.video_every > 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def step(self, episodes: list[Episode]) -> None:
         """Collect a finished film; order the next one when an episode calls for it."""
-        if not self._enabled:
-            return
         if self._worker.busy:
             self._collect()
+        every = self._config.video_every
         for episode in episodes:
-            if episode.number % self._config.video_every == 0 and not self._worker.busy and self._enabled:
+            if every and episode.number % every == 0 and self._worker.free:
                 self._order(episode.number)
 
     def _order(self, number: int) -> None:
@@ -154,20 +146,11 @@ class Recorder:
                 }
             )
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self._give_up(f"no more videos: {error}")
+            self._worker.give_up(f"no more videos: {error}")
 
     def _collect(self, timeout: float = 0.0) -> None:
-        answer = self._worker.answer(timeout)
-        if answer is None:
-            return
-        if "error" in answer:
-            self._give_up(answer["error"])
-        else:
+        if (answer := self._worker.answer(timeout)) is not None:
             self._console.video(answer["number"], answer["score"])
-
-    def _give_up(self, reason: str) -> None:
-        log.warning(reason)
-        self._enabled = False
 
     def close(self) -> None:
         """Wait a little for a film in the making, then end the process."""
@@ -183,13 +166,10 @@ class Recorder:
 def _film(order: dict[str, Any]) -> dict[str, Any]:
     """Carry out one order of a Recorder."""
     config, home, number = from_dict(order["config"]), Path(order["home"]), order["number"]
-    try:
-        network = load_policy(config, torch.load(order["weights"], map_location="cpu", weights_only=True))
-        path = home / f"episode_{number:06d}.mp4"
-        score = record_game(config, network, path, epsilon=order["epsilon"], seed=order["seed"])
-        path.replace(home / f"episode_{number:06d}_score_{score:.0f}.mp4")
-    except (UserError, OSError) as error:
-        return {"error": str(error)}
+    network = load_policy(config, torch.load(order["weights"], map_location="cpu", weights_only=True))
+    path = home / f"episode_{number:06d}.mp4"
+    score = record_game(config, network, path, epsilon=order["epsilon"], seed=order["seed"])
+    path.replace(home / f"episode_{number:06d}_score_{score:.0f}.mp4")
     return {"number": number, "score": score}
 
 

@@ -28,6 +28,7 @@ from gravitar_dqn.run.csv_log import CsvLog
 from gravitar_dqn.run.files import written_whole
 from gravitar_dqn.run.folder import load_run, lock
 from gravitar_dqn.run.logs import show_log
+from gravitar_dqn.runtime.clock import Every
 from gravitar_dqn.runtime.execution import enough_memory, keep_freed_memory
 from gravitar_dqn.runtime.processes import Stop
 
@@ -84,20 +85,6 @@ class RANDALTrainerConfig:
     """Measure pixel changes between the darkest and brightest pixel seen instead of 0 and 255."""
     seed: int = 742
     """Seeds the games, sampling and the policy's choices. (The networks were made before: `torch.manual_seed`.)"""
-
-
-class Every:
-    """Says when a period of so many steps has passed; a period of 0 never does."""
-
-    def __init__(self, period: int, now: int) -> None:
-        self._period, self._next = period, (now // max(period, 1) + 1) * period
-
-    def due(self, now: int) -> bool:
-        """Whether to act now."""
-        if self._period == 0 or now < self._next:
-            return False
-        self._next = (now // self._period + 1) * self._period
-        return True
 
 
 class Validator:

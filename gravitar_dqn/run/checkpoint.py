@@ -11,7 +11,7 @@ import logging
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,10 @@ def save(run_dir: Path, state: dict[str, Any], global_step: int, keep: int = 2) 
     path = home / f"step_{global_step:012d}.pt"
     write(path, state)
     _point_to("latest", path)
-    others = sorted(old for old in home.glob("step_*.pt") if old != path)
-    earlier = [old for old in others if old < path]  # later ones were left by a kill before `latest` named them
-    for old in set(others) - set(earlier[max(0, len(earlier) + 1 - keep) :]):
+    there = sorted(home.glob("step_*.pt"))
+    kept = [old for old in there if old <= path][-keep:]  # later ones were left by a kill before `latest` named them
+    for old in {*there, *home.glob("step_*.tmp")} - {*kept}:  # the latter too were left by a kill
         old.unlink(missing_ok=True)
-    for torn in home.glob("step_*.tmp"):  # left by a kill
-        torn.unlink(missing_ok=True)
     return path
 
 
@@ -76,17 +74,17 @@ def keep_best(run_dir: Path, candidate: Path, global_step: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def best_of(run_dir: Path) -> Path:
-    """The best checkpoint of those that were evaluated while the run trained; UserError when there is none."""
-    if found := sorted(folder(run_dir).glob("best_*.pt")):
-        return found[-1]
-    raise UserError(f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains")
-
-
 def find(run_dir: Path, which: str | Path) -> Path:
-    """A checkpoint's file: `best_of`, or one of the run's by its path or name; UserError names those it has."""
+    """A checkpoint's file: `best`, of those that were evaluated while the run trained, or one by its path or name.
+
+    UserError when there is none, with the names of those that are there.
+    """
     if which == "best":
-        return best_of(run_dir)
+        if found := sorted(folder(run_dir).glob("best_*.pt")):
+            return found[-1]
+        raise UserError(
+            f"{run_dir} has no best checkpoint: --eval-every STEPS evaluates and keeps it while a run trains"
+        )
     for path in (folder(run_dir) / which, folder(run_dir) / f"{which}.pt", Path(which)):
         if path.is_file() and path.resolve().parent == folder(run_dir).resolve():
             return path
@@ -112,10 +110,18 @@ def mend(run_dir: Path) -> None:
 def load(run_dir: Path, device: torch.device | str = "cpu", *, damaged: list[NotWhole] | None = None) -> dict[str, Any]:
     """The state in the newest checkpoint that is whole, with a warning where a newer one is not.
 
-    What is wrong with those is added to `damaged`. UserError when there is none, or when it is another program's.
+    It is that of `latest`, else the newest of the others. What is wrong with those before it is added to `damaged`.
+    UserError when there is none, or when it is another program's.
     """
     damaged = [] if damaged is None else damaged
-    for path, state in whole(run_dir, damaged, device):
+    newest = (folder(run_dir) / "latest").resolve()
+    paths = sorted(folder(run_dir).glob("step_*.pt"), reverse=True)
+    for path in sorted(paths, key=lambda path: path.name != newest.name):
+        try:
+            state = read(path, device)
+        except NotWhole as error:
+            damaged.append(error)
+            continue
         if damaged:
             log.warning("%s; %s is used instead", damaged[0], path.name)
         return state
@@ -130,22 +136,6 @@ def set_aside(run_dir: Path, damaged: Iterable[NotWhole]) -> None:
         error.path.rename(aside := error.path.with_name(f"{error.path.name}.damaged"))
         log.info("the damaged checkpoint is kept as %s", aside)
     mend(run_dir)
-
-
-def whole(
-    run_dir: Path, damaged: list[NotWhole], device: torch.device | str = "cpu"
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A run's checkpoints that are whole, and their states: that of `latest`, then from new to old.
-
-    What is wrong with the others is added to `damaged` when they are passed.
-    """
-    newest = (folder(run_dir) / "latest").resolve()
-    paths = sorted(folder(run_dir).glob("step_*.pt"), reverse=True)
-    for path in sorted(paths, key=lambda path: path.name != newest.name):
-        try:
-            yield path, read(path, device)
-        except NotWhole as error:
-            damaged.append(error)
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -58,15 +58,11 @@ class CsvLog:
             return
         data = b"".join(self._pending)
         try:
-            descriptor = os.open(self.path, os.O_WRONLY)
-            try:
-                os.lseek(descriptor, self._size, os.SEEK_SET)
-                written = os.write(descriptor, data)
-                if written < len(data):  # the disk filled up half-way
-                    os.ftruncate(descriptor, self._size)
+            with self.path.open("rb+", buffering=0) as file:
+                file.seek(self._size)
+                if os.write(file.fileno(), data) < len(data):  # the disk filled up half-way
+                    file.truncate(self._size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(descriptor)
         except OSError as error:
             self.full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if not self._warned:

@@ -14,12 +14,13 @@ from gravitar_dqn.errors import UserError
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """A temporary file beside `path` to write to; it takes `path`'s place at the end, and is removed after an error.
 
-    It is flushed to the disk first: a kill or a crash at any moment leaves the file as it was, or whole.
+    It is flushed to the disk first: a kill or a crash at any moment leaves the file as it was, or whole. `suffix` is
+    its name's in place of `path`'s.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(suffix)
     try:
         yield temporary
         with temporary.open("rb+") as file:

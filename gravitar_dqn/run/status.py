@@ -110,19 +110,15 @@ def shares(config: RunConfig, global_step: int, episodes: int, wall_seconds: flo
     ]
 
 
-def evaluations(path: Path) -> list[Evaluation]:
-    """The evaluations during training, in the order of evaluations.csv."""
-    found = [Evaluation(_number(row, "mean", math.nan), int(_number(row, "games"))) for row in read_rows(path)]
-    return [each for each in found if math.isfinite(each.mean)]
-
-
 def best_evaluation(run_dir: Path) -> Evaluation | None:
     """The evaluation with the highest mean, of those during training and later ones; few games only without others."""
-    found = evaluations(run_dir / "evaluations.csv")
+    rows = read_rows(run_dir / "evaluations.csv")
+    found = [Evaluation(_number(row, "mean", math.nan), int(_number(row, "games"))) for row in rows]
     for name in ("eval.json", "eval_best.json"):
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):  # none, or a damaged one
             result = read_json(run_dir / name)
             found.append(Evaluation(float(result["mean"]), int(result["episodes"])))
+    found = [each for each in found if math.isfinite(each.mean)]
     return max([each for each in found if each.episodes >= FEW_GAMES] or found, default=None)
 
 
@@ -139,10 +135,7 @@ def find(words: Sequence[str | Path], home: Path = RUNS) -> list[Path]:
     its runs in `home`.
     UserError for a word that is none of these.
     """
-    found: dict[Path, None] = {}
-    for word in words:
-        found |= dict.fromkeys(_named(str(word), home))
-    return list(found)
+    return list(dict.fromkeys(run_dir for word in words for run_dir in _named(str(word), home)))
 
 
 def find_one(word: str | Path, home: Path = RUNS) -> Path:
@@ -189,10 +182,5 @@ def table(standings: Sequence[Standing]) -> str:
         amounts = f"{run.global_step:,}", f"{run.minutes:.1f}", f"{run.progress:.0%}"
         rows.append((run.run_dir.name, run.config.preset, str(run.config.seed), run.state, *amounts, *scores))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, 1, 3) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<><>>>>>", widths, strict=True))  # words, numbers
+    return "\n".join(line.format(*row).rstrip() for row in rows)

@@ -168,19 +168,16 @@ class Console:
             self._print(message)
         self._agent.messages.clear()
         for episode in episodes:
-            self._episode(episode)
-
-    def _episode(self, episode: Episode) -> None:
-        number, score = episode.number, episode.episodic_return
-        self._since_mark.append(score)
-        if number % 5 == 0:
-            size = self._agent.partial_buffer_size
-            fill = "" if size is None else f", buffer size: {size}"
-            self._print(f"episode: {number}, score: {score:.0f}, epsilon: {self._agent.epsilon:.3f}{fill}")
-        if number % 100 == 0:
-            mean, std = float(np.mean(self._since_mark)), float(np.std(self._since_mark))
-            self._print(f"marking, episode: {number}, score: {score:.1f}, mean_score: {mean:.2f}, std_score: {std:.2f}")
-            self._since_mark.clear()
+            number, score = episode.number, episode.episodic_return
+            self._since_mark.append(score)
+            if number % 5 == 0:
+                size = self._agent.partial_buffer_size
+                fill = "" if size is None else f", buffer size: {size}"
+                self._print(f"episode: {number}, score: {score:.0f}, epsilon: {self._agent.epsilon:.3f}{fill}")
+            if number % 100 == 0:
+                marks = f"mean_score: {np.mean(self._since_mark):.2f}, std_score: {np.std(self._since_mark):.2f}"
+                self._print(f"marking, episode: {number}, score: {score:.1f}, {marks}")
+                self._since_mark.clear()
 
     def video(self, number: int, score: float) -> None:
         """A recorded game is on the disk."""
