@@ -259,11 +259,7 @@ def lead(config: RunConfig, run_dir: Path, *, resume: bool, auto: bool, show_tim
             envs, agent = build(config)
         with contextlib.closing(envs):
             if resume:
-                learned = state.pop("agent", {})  # popped: a replay buffer in it is not kept twice
-                if distributed.size() > 1:
-                    learned["replay"] = None  # of one process, with all the games
-                restore(agent, learned, run_dir)
-                del learned
+                restore(agent, state, run_dir)
                 if finished(config, agent, state["tracker"]["wall_seconds"]):
                     complete = (
                         f"{run_dir} is complete ({agent.global_step} steps, {agent.episodes} games): "
@@ -355,11 +351,14 @@ def run(
         return wish
 
 
-def restore(agent: Agent, state: Mapping[str, Any], run_dir: Path) -> None:
-    """Put a checkpoint's state into a new agent; UserError when it does not fit."""
+def restore(agent: Agent, state: dict[str, Any], run_dir: Path) -> None:
+    """Move the agent's part of a checkpoint's state into a new agent; UserError when it does not fit."""
     try:
+        learned = state.pop("agent")  # so that a replay buffer in it is not kept twice
+        if distributed.size() > 1:
+            learned["replay"] = None  # of one process, with all the games
         with enough_memory():
-            agent.load_state_dict(state)
+            agent.load_state_dict(learned)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[-1].strip()
         raise UserError(

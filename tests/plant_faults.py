@@ -97,6 +97,7 @@ GUARDS = {
     "run/logs.py": "logs telemetry",
     "run/status.py": "runs dashboard_panes evaluator",
     "run/telemetry.py": "telemetry recording",
+    "runtime/clock.py": "evaluator evaluation randal_trainer",
     "runtime/distributed.py": "distributed",
     "runtime/execution.py": "execution checkpoint dqn resume",
     "runtime/memory.py": "replay cli",

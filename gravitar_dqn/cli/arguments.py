@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from gravitar_dqn.config import RunConfig, bounded, flatten, to_dict
+from gravitar_dqn.config import RunConfig, bounded, check_bounds, flatten, to_dict
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import PRESETS
 from gravitar_dqn.run.status import RUNS
@@ -141,7 +141,10 @@ def whole_number(word: str) -> int:
 
 
 def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: str, default: Any = None) -> T:
-    """tyro's parser, with every mistake as one UserError line; `--help` prints and exits."""
+    """tyro's parser, with every mistake as one UserError line; `--help` prints and exits.
+
+    Numbers are held to their bounds here, but where there is a `default`: a run's settings are judged as a whole.
+    """
     said = io.StringIO()
     options: dict[str, Any] = {"prog": prog, "registry": NUMBERS, **({} if default is None else {"default": default})}
     try:
@@ -161,6 +164,8 @@ def parse(build: Callable[..., T], argv: Sequence[str], prog: str, description: 
             warnings.simplefilter("ignore", DeprecationWarning)  # tyro offers nothing newer that knows the names
             parser = tyro.extras.get_parser(build, **options)
         raise UserError(complaint(unknown, list(parser._option_string_actions), prog))
+    if default is None:
+        check_bounds(result, "--")
     return result
 
 

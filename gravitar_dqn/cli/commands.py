@@ -5,6 +5,7 @@ Torch and the games are imported only by what needs them, so that `--help` answe
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -28,7 +29,7 @@ from gravitar_dqn.cli.arguments import (
     WatchArguments,
     parse,
 )
-from gravitar_dqn.config import RunConfig, check_bounds, differences, validate
+from gravitar_dqn.config import RunConfig, differences, validate
 from gravitar_dqn.errors import Interrupted, UserError, did_you_mean
 from gravitar_dqn.presets import PRESETS, PRETRAINED, get_preset
 from gravitar_dqn.run.files import write_json
@@ -49,13 +50,10 @@ def resume_folder(argv: Sequence[str]) -> Path | None:
 
     None for the word auto too: there they are what the rest is compared with.
     """
-    found = ""
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--resume":
-            found = following
-        elif word.startswith("--resume="):
-            found = word.removeprefix("--resume=")
-    return None if found in ("", "auto") else Path(found)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?")
+    found = parser.parse_known_args(argv)[0].resume
+    return None if found in (None, "", "auto") else Path(found)
 
 
 def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConfig | None]:
@@ -107,9 +105,7 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
 def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     """`eval RUN_DIR [options]`."""
     arguments = parse(EvaluateArguments, argv, prog, "Play whole games with a run's newest checkpoint.")
-    check_bounds(arguments, "--")
-    run_dir = run_of(arguments, prog)
-    trained = load_trained(arguments, run_dir)
+    run_dir, trained = agent_of(arguments, prog)
     from gravitar_dqn.evaluation.scores import evaluate, table
     from gravitar_dqn.runtime.execution import choose_device
 
@@ -139,8 +135,8 @@ def evaluate_command(argv: Sequence[str], prog: str = "evaluate.py") -> int:
     return stop.exit_code if partial else 0
 
 
-def run_of(arguments: PlayArguments, prog: str) -> Path | None:
-    """The run whose agent was asked for; None for one that ships; UserError for neither, and both."""
+def agent_of(arguments: PlayArguments, prog: str) -> tuple[Path | None, Trained]:
+    """The run whose agent was asked for, None for one that ships, and the agent; UserError for neither, and both."""
     word, name = arguments.run_dir, arguments.pretrained
     if (not word) == (name is None):
         raise UserError(f"one agent is needed: {prog} RUN_DIR, or {prog} --pretrained NAME")
@@ -149,25 +145,20 @@ def run_of(arguments: PlayArguments, prog: str) -> Path | None:
     there = Path(word).exists() or (RUNS / word).exists()
     if word and not there and (PRETRAINED / f"{word}.safetensors").exists():
         raise UserError(f"{word} is no run's folder, but weights of that name ship: {prog} --pretrained {word}")
-    return find_one(word) if word else None
-
-
-def load_trained(arguments: PlayArguments, run_dir: Path | None) -> Trained:
-    """The agent of a run, or the one that ships; UserError unless it is one."""
+    run_dir = find_one(word) if word else None
     if run_dir is not None:
         load_run(run_dir)  # a wrong folder is known before torch is loaded
     from gravitar_dqn.evaluation import trained_agent
 
     if run_dir is None:
-        return trained_agent.from_pretrained(str(arguments.pretrained))
-    return trained_agent.from_run(run_dir, arguments.checkpoint)
+        return None, trained_agent.from_pretrained(str(name))
+    return run_dir, trained_agent.from_run(run_dir, arguments.checkpoint)
 
 
 def watch_command(argv: Sequence[str], prog: str = "watch.py") -> None:
     """`watch RUN_DIR [options]`."""
     arguments = parse(WatchArguments, argv, prog, "Play games with a run's newest checkpoint and record them.")
-    check_bounds(arguments, "--")
-    trained = load_trained(arguments, run_of(arguments, prog))
+    _, trained = agent_of(arguments, prog)
     from gravitar_dqn.evaluation.acting import load_policy
     from gravitar_dqn.evaluation.overlay import make_look
     from gravitar_dqn.evaluation.video import record_game
@@ -200,7 +191,6 @@ def plot_command(argv: Sequence[str], prog: str = "plot.py") -> None:
     from gravitar_dqn.tools.plot import PlotConfig, plot
 
     options = parse(PlotConfig, argv, prog, "Draw learning curves: scores of the training games.")
-    check_bounds(options, "--")
     plot(options)
     print(options.out)
 
@@ -239,7 +229,6 @@ def export_command(argv: Sequence[str], prog: str = "export.py") -> None:
 def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
     """`dashboard [RUN ...] [options]`."""
     options = parse(DashboardArguments, argv, prog, "A Visdom server on 127.0.0.1 that works without internet too.")
-    check_bounds(options, "--")
     if options.stop + options.prepare + bool(options.runs) > 1:
         raise UserError("runs, --stop or --prepare, not two of them")
     from gravitar_dqn.dashboard.visdom_files import browser_files
@@ -252,9 +241,7 @@ def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
         from gravitar_dqn.dashboard.draw import draw_runs
 
         draw_runs(run_dirs, server)
-        return 0
-
-    if options.stop:
+    elif options.stop:
         there, where = stop_server(options.port), f"on port {options.port}"
         print(f"the server {where} is stopped" if there else f"there is no server of this package {where}")
     elif options.prepare:
@@ -268,7 +255,6 @@ def dashboard_command(argv: Sequence[str], prog: str = "dashboard.py") -> int:
 def bench_command(argv: Sequence[str], prog: str = "benchmark.py") -> None:
     """`bench [options]`."""
     settings = parse(BenchConfig, argv, prog, "Measure speed: the parts, whole training, and the peers.")
-    check_bounds(settings, "--")
     if not settings.sizes or min(settings.sizes) < 1_000:
         raise UserError(f"--sizes is {' '.join(map(str, settings.sizes))}: every size must be at least 1000")
     from gravitar_dqn.benchmark.suite import run as measure

@@ -6,7 +6,6 @@ Orders and answers are lines of JSON. The run never waits: it asks now and then 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -60,9 +59,7 @@ class Worker:
                 process_group=0,
             )
             threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        print(json.dumps(order), file=self._process.stdin, flush=True)
         self.busy = True
 
     def _listen(self, answers: Any) -> None:
@@ -95,12 +92,19 @@ class Worker:
 
 
 def serve(carry_out: Callable[[Table], Table]) -> Table | None:
-    """Be the process: answer orders until the run closes it or has gone. Returns the last order."""
-    _stand_back()
+    """Be the process: answer orders until the run closes it or has gone. Returns the last order.
+
+    It takes only processor time that nobody else wants: training comes first.
+    """
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(19)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not an answer
     order: Table | None = None
-    for line in io.TextIOWrapper(sys.stdin.buffer):
+    for line in sys.stdin:
         order = json.loads(line)
         try:
             answer = carry_out(order)
@@ -109,17 +113,7 @@ def serve(carry_out: Callable[[Table], Table]) -> Table | None:
         except Exception as error:  # whatever it is, nobody else would hear of it
             answer = {"error": f"{type(error).__name__}: {error}"}
         try:
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+            print(json.dumps(answer), file=answers, flush=True)
         except OSError:  # the run was killed
             break
     return order
-
-
-def _stand_back() -> None:
-    """Take only processor time that nobody else wants: training comes first."""
-    with contextlib.suppress(OSError):
-        if sys.platform == "linux":
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.nice(19)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -57,22 +58,21 @@ class Overlay:
 
     def _draw(self, height: int) -> Picture:
         panel = np.full((height, WIDTH, 3), PAPER, dtype=np.uint8)
-        if self._insight is None:
+        if (insight := self._insight) is None:
             return panel
-        blocks: list[Callable[[Picture], None]] = [self._draw_values]
-        if self._insight.cells is not None:
-            blocks.append(self._draw_cells)
-        if self._insight.bonus is not None:
+        blocks: list[Callable[[Picture], None]] = [partial(self._draw_values, insight)]
+        if insight.cells is not None:
+            blocks.append(partial(_draw_cells, insight.cells))
+        if insight.bonus is not None:
             blocks.append(self._draw_curiosity)
         for i, draw in enumerate(blocks):
             draw(panel[i * height // len(blocks) : (i + 1) * height // len(blocks)])
         return panel
 
-    def _draw_values(self, block: Picture) -> None:
-        assert self._insight is not None
-        values = self._insight.values
+    def _draw_values(self, insight: Insight, block: Picture) -> None:
+        values = insight.values
         low, high = min(0.0, float(values.min())), float(values.max())
-        _write(block, f"{self._insight.title}: {self._actions[self._chosen]} {values[self._chosen]:.3g}")
+        _write(block, f"{insight.title}: {self._actions[self._chosen]} {values[self._chosen]:.3g}")
         top, bottom = 24, block.shape[0] - 6
         width = (WIDTH - 20) / len(values)
         for i, value in enumerate(values):
@@ -80,18 +80,6 @@ class Overlay:
             left, right = int(10 + i * width), int(10 + (i + 1) * width) - 2
             color = ORANGE if i == self._chosen else BLUE
             cv2.rectangle(block, (left, bottom - max(height, 1)), (right, bottom), color, cv2.FILLED)
-
-    def _draw_cells(self, block: Picture) -> None:
-        assert self._insight is not None and self._insight.cells is not None
-        cells = self._insight.cells
-        _write(block, f"pixel control, most change to come: {cells.max():.2g}")
-        scaled = (255 * (cells - cells.min()) / max(float(np.ptp(cells)), 1e-9)).astype(np.uint8)
-        side = block.shape[0] - 30
-        heat = cv2.applyColorMap(
-            cv2.resize(scaled, (side, side), interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS
-        )
-        left = (WIDTH - side) // 2
-        block[24 : 24 + side, left : left + side] = heat[:, :, ::-1]  # OpenCV's colours run the other way
 
     def _draw_curiosity(self, block: Picture) -> None:
         values = np.array(self._bonuses)
@@ -102,6 +90,15 @@ class Overlay:
         xs = 10 + np.arange(len(values)) * (WIDTH - 20) / REMEMBERED
         points = np.stack([xs, heights], axis=1).astype(np.int32)
         cv2.polylines(block, [points], isClosed=False, color=BLUE, thickness=1, lineType=cv2.LINE_AA)
+
+
+def _draw_cells(cells: npt.NDArray[np.float32], block: Picture) -> None:
+    _write(block, f"pixel control, most change to come: {cells.max():.2g}")
+    scaled = (255 * (cells - cells.min()) / max(float(np.ptp(cells)), 1e-9)).astype(np.uint8)
+    side = block.shape[0] - 30
+    heat = cv2.applyColorMap(cv2.resize(scaled, (side, side), interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)
+    left = (WIDTH - side) // 2
+    block[24 : 24 + side, left : left + side] = heat[:, :, ::-1]  # OpenCV's colours run the other way
 
 
 def _write(block: Picture, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -72,8 +72,8 @@ class Player:
         env = make_single(self.config.env, **options)
         if self._spec.kind == "vector":
             return env
-        padding: Literal["zero", "reset"] = "zero" if self.config.stack_padding == "zero" else "reset"
-        return FrameStackObservation(env, self._spec.stack, padding_type=padding)
+        zero = self.config.stack_padding == "zero"
+        return FrameStackObservation(env, self._spec.stack, padding_type="zero" if zero else "reset")
 
     @torch.no_grad()
     def predict(self, obs: npt.ArrayLike, epsilon: float = 0.0) -> int | npt.NDArray[np.int64]:

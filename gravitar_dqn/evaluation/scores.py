@@ -128,8 +128,7 @@ def evaluate(
         scores = play_games(envs, policy, episodes, seed, limit, interrupted, progress.add, progress.step)
     if not scores:
         raise Interrupted("stopped before a game had ended: nothing is known of the scores")
-    step = trained.global_step
-    return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=step, max_steps=max_steps)
+    return summarize(scores, config, epsilon=epsilon, seed=seed, global_step=trained.global_step, max_steps=max_steps)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -98,10 +98,8 @@ def record_game(
             on_act = None if overlay is None else overlay.update
             policy = Policy(config, network, spec_of(env), 1, epsilon=epsilon, seed=seed, on_act=on_act)
             return play_games(env, policy, 1, seed)[0]
-    except ImportError as error:
-        raise UserError(f"no video: {error}") from None
     except Exception as error:
-        if type(error).__module__.startswith("gymnasium"):  # a renderer that is not installed
+        if isinstance(error, ImportError) or type(error).__module__.startswith("gymnasium"):  # there is no renderer
             raise UserError(f"no video: {' '.join(str(error).split())}") from None
         raise
     finally:
@@ -124,9 +122,8 @@ class Recorder:
         """Collect a finished film; order the next one when an episode calls for it."""
         if self._worker.busy:
             self._collect()
-        every = self._config.video_every
-        for episode in episodes:
-            if every and episode.number % every == 0 and self._worker.free:
+        for episode in episodes if self._config.video_every else ():
+            if episode.number % self._config.video_every == 0 and self._worker.free:
                 self._order(episode.number)
 
     def _order(self, number: int) -> None:
@@ -173,13 +170,7 @@ def _film(order: dict[str, Any]) -> dict[str, Any]:
     return {"number": number, "score": score}
 
 
-def main() -> None:
-    """The recording process."""
-    torch.set_num_threads(1)
-    order = serve(_film)
-    if order is not None:  # training was killed: nobody else will clear up
-        shutil.rmtree(Path(order["weights"]).parent, ignore_errors=True)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    if (last := serve(_film)) is not None:  # training was killed: nobody else will clear up
+        shutil.rmtree(Path(last["weights"]).parent, ignore_errors=True)

@@ -91,13 +91,7 @@ class Validator:
     """Plays whole games with the present policy and notes their scores in validation.csv. Training waits for it."""
 
     def __init__(
-        self,
-        config: RANDALTrainerConfig,
-        run: PPORunConfig,
-        agent: PPOAgent,
-        envs: Any,
-        path: Path,
-        stop: Stop,
+        self, config: RANDALTrainerConfig, run: PPORunConfig, agent: PPOAgent, envs: Any, path: Path, stop: Stop
     ) -> None:
         self._config, self._run, self._agent, self._envs, self._stop = config, run, agent, envs, stop
         self._every = Every(config.validate_freq, agent.global_step)
@@ -199,7 +193,7 @@ class RANDALTrainer:
             agent = PPOAgent(run, spec, device, self.agent.networks, self.agent.make_optimizer)
             agent.tasks.pixel_range = self.agent.pixel_range
         if resume:
-            training.restore(agent, state.pop("agent"), self.run_dir)
+            training.restore(agent, state, self.run_dir)
         checkpoint.set_aside(self.run_dir, damaged)
 
         def further() -> Iterator[Observer]:

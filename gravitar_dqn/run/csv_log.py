@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gravitar_dqn.run.files import written_whole
+from gravitar_dqn.run.files import read_rows, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +27,14 @@ class CsvLog:
         self._pending: list[bytes] = []
         self._warned = False
         self.full = False  # whether rows wait for room on the disk
-        kept = self._kept(last_step) if last_step is not None and path.exists() else []
+        kept = [] if last_step is None else self._kept(last_step)
         with written_whole(path) as temporary:
             temporary.write_bytes(b"".join([self._line(columns), *kept]))
         self._size = path.stat().st_size
 
     def _kept(self, last_step: int) -> list[bytes]:
-        with self.path.open(newline="") as file:
-            whole_lines = (line for line in file if line.endswith("\n"))
-            header, *rows = list(csv.reader(whole_lines)) or [[]]
-        if "global_step" not in header:
-            return []
-        whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
-        kept = [row for row in whole if row["global_step"].isdecimal() and int(row["global_step"]) <= last_step]
+        with_step = [row for row in read_rows(self.path) if row.get("global_step", "").isdecimal()]
+        kept = [row for row in with_step if int(row["global_step"]) <= last_step]
         return [self._line(row.get(name, "") for name in self.columns) for row in kept]  # columns may have grown
 
     @staticmethod

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if line.endswith("\n"))
-        return [row for row in rows if None not in row and None not in row.values()]
+        return _whole_rows(file)
+
+
+def _whole_rows(lines: Iterable[str]) -> list[dict[str, str]]:
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def last_row(path: Path, tail: int = 2**16) -> dict[str, str]:
@@ -65,13 +69,8 @@ def last_row(path: Path, tail: int = 2**16) -> dict[str, str]:
     with path.open("rb") as file:
         header = file.readline()
         file.seek(max(len(header), path.stat().st_size - tail))
-        lines = [line for line in file.read().decode(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
-    names = next(csv.reader([header.decode(errors="replace")]), [])
-    for line in reversed(lines):
-        cells = next(csv.reader([line]), [])
-        if cells and len(cells) == len(names):
-            return dict(zip(names, cells, strict=True))
-    return {}
+        lines = [header, *file.read().splitlines(keepends=True)]
+    return next(reversed(_whole_rows(line.decode(errors="replace") for line in lines)), {})
 
 
 def wall_seconds(run_dir: Path) -> float:

@@ -84,6 +84,7 @@ class Tracker:
         now, agent = time.monotonic(), self._agent
         seconds = max(now - self._last, 1e-9)
         steps, updates = agent.global_step - self._last_step, agent.num_updates - self._last_updates
+        scores = np.array(self._returns)  # of the last 100 games; none before the first has ended
         row: dict[str, float | None] = {
             "wall_seconds": round(self.wall_seconds, 3),
             "global_step": agent.global_step,
@@ -91,7 +92,7 @@ class Tracker:
             "num_updates": agent.num_updates,
             "episodes": agent.episodes,
             "sps": round(steps / seconds, 1),
-            **self._scores(),
+            **{f"return_{name}": float(getattr(scores, name)()) for name in ("mean", "min", "max") if len(scores)},
             "samples_per_second": round(updates * agent.batch_size * distributed.size() / seconds, 1),
             **agent.metrics(),
         }
@@ -106,12 +107,6 @@ class Tracker:
             self._bar.set_postfix_str(f"games {agent.episodes}, mean score {row['return_mean']:.0f}", refresh=False)
         self._last, self._last_step, self._last_updates = now, agent.global_step, agent.num_updates
         return row
-
-    def _scores(self) -> dict[str, float]:
-        """Of the last 100 games; nothing before the first has ended."""
-        scores = np.array(self._returns)
-        names = ("mean", "min", "max") if len(scores) else ()
-        return {f"return_{name}": float(getattr(scores, name)()) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint. What was reported so far is written out first, so that the files and it agree.
