@@ -9,8 +9,9 @@ that action earned, and whether it ended the game. Stacks and n-step windows are
     reward              r_t-1    r_t     0      r_0
 
 The frame after a game's end is kept, because a time-out bootstraps from it; its row is never sampled.
-A row can be sampled exactly when its `sampling_weights` entry is above zero, so every rule about the write cursor, the
-window's length, the stack's depth and dummy rows is decided once, when a row is written.
+A row can be sampled exactly when its `sampling_weights` entry is above zero. It gets its weight when its window is
+complete, n rows later, and loses it when the write cursor comes near its stack: every rule about the cursor, the
+window's length, the stack's depth and dummy rows is in `_advance`, and sampling knows none.
 Deep in-GPU replay: Parr 2018 (arXiv 1801.03138). Priorities: Schaul 2015 (arXiv 1511.05952).
 """
 

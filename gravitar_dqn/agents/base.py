@@ -100,6 +100,9 @@ class Agent:
     Networks work in functions that take and return nothing, on tensors that stay where they are, so that a CUDA graph
     can hold each of them. Nothing reads a number back from the device but `metrics`, at a log tick.
 
+    A subclass sets `batch_size`, `optimizer` and `_means`, has `policy`, `act`, `update`, `_capture` and `_parts`, and
+    calls `_capture` at the end of its `__init__`.
+
     Args:
         config: the run's settings.
         spec: what the environments show and take.
@@ -196,7 +199,7 @@ class Agent:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The columns of its metrics; those of parts that are not built stay empty."""
+        """Its columns in metrics.csv: `measured`, and where an agent says more, some that stay empty."""
         return self.measured
 
     @property

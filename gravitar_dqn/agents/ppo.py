@@ -40,7 +40,7 @@ METRICS = (
     *"policy_loss value_loss_ext value_loss_int entropy approx_kl clip_fraction".split(),
     *(f"{task}_loss" for task in TASKS),
     *"int_return_mean explained_variance_ext explained_variance_int learning_rate".split(),
-)  # of its own, beside those that every run has
+)  # columns that every run of PPO has, also where a part is not built
 
 
 class PPOAgent(Agent):

@@ -1,7 +1,7 @@
 """The charts of a run's page, as data: which columns of its CSV files are drawn, how, and in which order.
 
 A chart is drawn when the run's agent measures one of its columns, or one has a value. Agents know nothing of it: a
-column that is named nowhere here gets a plain chart of its own.
+column that is named nowhere here gets a plain chart of its own, but on the notebook's page.
 """
 
 from __future__ import annotations
