@@ -27,19 +27,29 @@ def test_faults_that_change_nothing_are_found_again() -> None:
         assert before in source, f"{module} has no line {before}"
 
 
-def test_the_faults_of_a_line() -> None:
-    before = "for old in set(others) - set(earlier[max(0, len(earlier) + 1 - keep) :]):"
-    changed = {fault.after for fault in plant_faults.Planter("run/checkpoint.py").faults() if fault.before == before}
-    assert changed == {
-        before.replace("max", "min"),
-        before.replace("0", "1"),
-        before.replace("0", "-1"),
-        before.replace("1", "2"),
-        before.replace("1", "0"),
-        before.replace("+", "-"),
-        before.replace("- keep", "+ keep"),
-        before.replace("- set", "+ set"),
-    }
+@pytest.mark.parametrize(
+    ("module", "before", "swaps"),
+    [
+        (
+            "runtime/clock.py",
+            "self._next = (now // self._period + 1) * self._period",
+            [("//", "*"), ("+", "-"), ("1", "0"), ("1", "2"), (") *", ") /")],
+        ),
+        (
+            "runtime/clock.py",
+            "if self._period == 0 or now < self._next:",
+            [("==", "!="), ("0", "1"), ("0", "-1"), ("or", "and"), ("<", "<=")],
+        ),
+        (
+            "run/files.py",
+            "file.seek(max(len(header), path.stat().st_size - tail))",
+            [("max", "min"), ("- tail", "+ tail"), ("file.seek(max(len(header), path.stat().st_size - tail))", "pass")],
+        ),
+    ],
+)
+def test_the_faults_of_a_line(module: str, before: str, swaps: list[tuple[str, str]]) -> None:
+    changed = {fault.after for fault in plant_faults.Planter(module).faults() if fault.before == before}
+    assert changed == {before.replace(old, new) for old, new in swaps}
 
 
 def test_a_process_imports_the_package_beside_these_tests() -> None:
