@@ -57,12 +57,13 @@ class Checkpointer:
     def __init__(self, run_dir: Path, config: RunConfig, agent: Agent, tracker: Tracker, console: Console) -> None:
         self._run_dir, self._config = run_dir, config
         self._agent, self._tracker, self._console = agent, tracker, console
-        self._every = Every(60 * config.checkpoint_minutes, tracker.wall_seconds)
+        self._began = tracker.wall_seconds
+        self._every = Every(60 * config.checkpoint_minutes)
         self.saved_step = agent.global_step  # of the newest checkpoint
 
     def step(self, episodes: list[Episode]) -> None:
         """Save when it is time."""
-        if self._every.due(self._tracker.wall_seconds):
+        if self._every.due(self._tracker.wall_seconds - self._began):
             try:
                 self.save()
             except OSError as error:

@@ -136,7 +136,7 @@ for one, other in (pair.split() for pair in PAIRS.split(",")):
 DROPPED_CALLS = set("detach clone abs sqrt square exp log clamp clamp_ tanh relu flip any contiguous item".split())
 # On a CPU in fp32 these keywords change nothing, or only what a mistake of the caller would do.
 WITHOUT_EFFECT = set("device non_blocking pin_memory strict fused capturable memory_format persistent changes".split())
-COSMETIC = {"charts", "make_look", "describe_device", "__repr__"}  # functions
+COSMETIC = {"make_look", "describe_device", "__repr__"}  # functions
 NOT_CODE = {"annotation", "returns", "decorator_list", "type_params"}  # fields of a node
 
 
@@ -215,7 +215,7 @@ class Planter:
             case ast.FunctionDef(name=name):
                 return name in COSMETIC
             case ast.Assign(targets=[ast.Name(id=name)]):
-                return name == "__all__" or name.endswith("CHARTS")
+                return name == "__all__"
             case ast.Call():  # messages
                 return self._text(node.func).startswith(("log.", "warnings.", "self.messages.", "UserError"))
             case ast.keyword(arg=name):

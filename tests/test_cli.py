@@ -95,6 +95,7 @@ MISTAKES = {
     ),
     "dashboard": (["cartpole", "--dashboard", "http://127.0.0.1:99999"], "--dashboard: .*is not a server's address"),
     "resume without a folder": (["cartpole", "--resume"], "Missing value for argument '--resume'"),
+    "resume of an empty word": (["cartpole", "--resume="], ". is not a run's folder: it has no config.json"),
     "resume of nothing": (["--resume", "nowhere"], "nowhere is not a run's folder: it has no config.json"),
     "folder inside a file": (["cartpole", "--run-dir", "/dev/null/run"], ".*/dev/null/run"),
 }

@@ -246,7 +246,7 @@ def test_panes_are_strict_json_whatever_the_cells_hold() -> None:
     assert lines_of(board, "loss") == {"TD": ([], [])}
 
 
-@pytest.mark.parametrize("record", [{}, {"config": {}}, {"config": {"preset": "randal", "of": "another version"}}])
+@pytest.mark.parametrize("record", [{}, {"metrics": None}, {"config": {"preset": "randal", "of": "another version"}}])
 def test_a_run_whose_settings_cannot_be_read_has_the_windows_that_all_have(record: dict[str, Any]) -> None:
     assert [chart.key for chart in Board(record).charts] == ["score", "speed", "buffer"]
 

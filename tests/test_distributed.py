@@ -314,6 +314,17 @@ def test_only_rank_0_looks_at_the_folder(
     assert asked == [{"resume": False, "auto": True, "show_times": False}]
 
 
+def test_a_restart_that_begins_another_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "train", lambda config, run_dir, **how: 0)
+    hint = "warning: torchrun's restart begins another run: with --run-dir DIR --resume auto it resumes the first\n"
+    for count, words, expected in ((0, [], ""), (1, [], hint), (1, ["--resume", "auto"], "")):
+        as_rank(monkeypatch, 0, TORCHELASTIC_RESTART_COUNT=count)
+        assert train(*SMALL, "--run-dir", tmp_path / "run", *words) == 0
+        assert capsys.readouterr().err == expected
+
+
 def test_a_mistake_is_told_once_and_before_anybody_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,15 +102,18 @@ def test_exporting_again_replaces_what_was_exported_and_nothing_else(tmp_path: P
 
 def test_an_export_that_fails_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run(tmp_path / "run")
-    before = {path: path.read_bytes() for path in export_tensorboard(run_dir).iterdir()}
+    home = export_tensorboard(run_dir)
+    before = {path: path.read_bytes() for path in home.iterdir()}
 
     def fail(values: object) -> str:
+        (home / "somebody else's").write_bytes(b"")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gravitar_dqn.tools.export.as_table", fail)
     with pytest.raises(KeyboardInterrupt):
         export_tensorboard(run_dir)
-    assert {path: path.read_bytes() for path in (run_dir / "tensorboard").iterdir()} == before
+    before |= {home / "somebody else's": b""}
+    assert {path: path.read_bytes() for path in home.iterdir()} == before
 
 
 def test_runs_can_be_exported_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +31,7 @@ from gravitar_dqn import training
 from gravitar_dqn.agents.dqn import DQNAgent
 from gravitar_dqn.agents.ppo import PPOAgent
 from gravitar_dqn.cli import commands
-from gravitar_dqn.config import EnvSettings, PPORNDSettings, RNDSettings
+from gravitar_dqn.config import EnvSettings, PPORNDSettings, RNDSettings, RunConfig
 from gravitar_dqn.envs import spec_of
 from gravitar_dqn.loop import play
 from gravitar_dqn.presets import PRESETS
@@ -282,6 +284,8 @@ CONFIG = json.dumps({"preset": "cartpole", "config": {"preset": "cartpole"}})
         (["config.json", "model.pt"], "config.json is not a run's configuration"),
         (["run's config.json", "lock", "eval.json"], "has lost its checkpoints: copy them back, or another folder"),
         (["run's config.json", "lock", "checkpoints/best_7.pt"], "has lost its checkpoints: copy them back, or"),
+        (["run's config.json", "lock", "rows of episodes.csv"], "has lost its checkpoints: copy them back, or"),
+        (["run's config.json", "lock", "rows of evaluations.csv"], "has lost its checkpoints: copy them back, or"),
     ],
 )
 def test_auto_removes_nothing_of_worth(
@@ -289,12 +293,25 @@ def test_auto_removes_nothing_of_worth(
 ) -> None:
     run_dir = tmp_path / "run"
     for name in names:
-        path = run_dir / name.removeprefix("run's ")
+        path = run_dir / name.removeprefix("run's ").removeprefix("rows of ")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("" if name == "lock" else CONFIG if name.startswith("run's") else "{}")
+        contents = {"run's": CONFIG, "rows": "global_step\n7\n", "lock": ""}
+        path.write_text(contents.get(name.partition(" ")[0], "{}"))
     before = files(run_dir)
     assert complaint in refusal(capsys, train(*CARTPOLE, "--run-dir", run_dir, "--resume", "auto"))
     assert files(run_dir) == before
+
+
+def test_a_resumed_run_saves_a_whole_period_after_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it had trained before: with its replay buffer a checkpoint can be gigabytes."""
+    tracker: Any = SimpleNamespace(wall_seconds=595.0)
+    checkpointer = training.Checkpointer(tmp_path, RunConfig(checkpoint_minutes=10), MagicMock(), tracker, MagicMock())
+    saved: list[float] = []
+    monkeypatch.setattr(checkpointer, "save", lambda: saved.append(tracker.wall_seconds))
+    for seconds in (596.0, 601.0, 1194.0, 1196.0, 1197.0, 1794.0, 1796.0):
+        tracker.wall_seconds = seconds
+        checkpointer.step([])
+    assert saved == [1196.0, 1796.0]
 
 
 # ---------------------------------------------------------------- the replay buffer in the checkpoint

@@ -403,6 +403,15 @@ def test_console_that_nobody_reads_goes_silent_once_and_training_goes_on(
     assert capsys.readouterr().err.count("standard output cannot be written") == 1
 
 
+def test_resume_keeps_columns_of_a_version_with_more(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("global_step,snapshots,mean\n3,1|2,7\n9,3|4,8\n")
+    log = CsvLog(path, ["global_step", "mean"], last_step=5)
+    log.add([6, 8.5])
+    log.flush()
+    assert path.read_text() == "global_step,mean,snapshots\n3,7,1|2\n6,8.5,\n"
+
+
 def test_resume_keeps_rows_of_a_version_with_fewer_columns(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("global_step,sps\n10,5\n20,6\n")

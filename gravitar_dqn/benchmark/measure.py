@@ -47,7 +47,7 @@ def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int, cal
     threads = torch.get_num_threads()  # Timer's own default is one
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in functions.items()}
     for timer in timers.values():
-        timer.timeit(5)  # warm up; a CUDA graph is captured at the fourth call
+        timer.timeit(5)  # a CUDA graph is captured at the fourth call; later Timer itself makes two before it measures
     values: dict[str, list[float]] = {name: [] for name in functions}
     for _, (name, timer) in itertools.product(range(rounds), timers.items()):
         values[name].append(1e3 * timer.timeit(calls).median)

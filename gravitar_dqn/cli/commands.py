@@ -53,7 +53,7 @@ def resume_folder(argv: Sequence[str]) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
     found = parser.parse_known_args(argv)[0].resume
-    return None if found in (None, "", "auto") else Path(found)
+    return None if found in (None, "auto") else Path(found)
 
 
 def parse_train(argv: Sequence[str], prog: str) -> tuple[TrainArguments, RunConfig | None]:
@@ -94,6 +94,8 @@ def train_command(argv: Sequence[str], prog: str = "train.py") -> int:
         run_dir = resume
     if saved is None and looks:
         check_free(run_dir)  # a mistake is told at once
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and resume != "auto":
+            log.warning("torchrun's restart begins another run: with --run-dir DIR --resume auto it resumes the first")
     if saved is not None and (changed := differences(saved, config)):
         changes = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise UserError(f"{run_dir} was started with other settings, it cannot go on: {changes}")

@@ -97,7 +97,8 @@ class Board:
             config = from_dict(record.get("config", {}))
             self._by_episode = config.counts_episodes
             self._no_learning = f"learning begins after {config.first_update:,} steps"
-        self._measured = ALWAYS | set(record.get("metrics", ()))  # columns that have values, or will
+        named = record.get("metrics")
+        self._measured = ALWAYS | {*map(str, named if isinstance(named, list) else ())}  # have values, or will
         self._charts = list(NOTEBOOK if self._by_episode else charts(self._frames_per_step))
         self._games: list[float] = []  # scores since the last mark
         self._episode = -1

@@ -132,7 +132,8 @@ def video_pane(caption: str, mp4: bytes | None) -> Pane:
 def settings_pane(settings: Mapping[str, Any]) -> Pane:
     """A table of config.json, the lines that tell one run from another first."""
     rows = flatten(settings)
-    rows.pop("config.preset", None)  # the same as "preset"
+    for name in ("config.preset", "metrics"):  # the same as "preset"; no setting
+        rows.pop(name, None)
     first: dict[str, Any] = {
         name: rows.pop(name) for name in ("preset", "config.seed", "device", "commit") if name in rows
     }

@@ -141,7 +141,8 @@ def serve(port: int = DEFAULT_PORT) -> None:
 class WithoutTorch(importlib.abc.MetaPathFinder):
     """Makes `import torch` fail: Visdom would load it for nothing, which takes a second and 200 MB.
 
-    None in `sys.modules` would do so too, but scipy 1.18, which Visdom loads, takes that for torch itself.
+    None in `sys.modules` would do so too, but scipy 1.18, which Visdom loads, takes that for torch itself. What
+    asks `importlib.util.find_spec` for torch gets this error too, not None.
     """
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:

@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,23 +20,20 @@ log = logging.getLogger(__name__)
 class CsvLog:
     """A CSV file that only ever holds whole rows. A disk that is full costs a warning; rows wait and are tried again.
 
-    On resume, rows beyond `last_step` (column global_step) are dropped: they will be played again.
+    On resume, rows beyond `last_step` (column global_step) are dropped: they will be played again. Columns that
+    the file had and that are not among `columns` stay, empty in new rows.
     """
 
     def __init__(self, path: Path, columns: list[str], last_step: int | None = None) -> None:
-        self.path, self.columns = path, columns
         self._pending: list[bytes] = []
         self._warned = False
         self.full = False  # whether rows wait for room on the disk
-        kept = [] if last_step is None else self._kept(last_step)
+        kept = [] if last_step is None else [row for row in read_rows(path) if _step(row) <= last_step]
+        self.path, self.columns = path, list(dict.fromkeys([*columns, *(name for row in kept[:1] for name in row)]))
+        lines = [self._line(row.get(name, "") for name in self.columns) for row in kept]  # columns may have grown
         with written_whole(path) as temporary:
-            temporary.write_bytes(b"".join([self._line(columns), *kept]))
+            temporary.write_bytes(b"".join([self._line(self.columns), *lines]))
         self._size = path.stat().st_size
-
-    def _kept(self, last_step: int) -> list[bytes]:
-        with_step = [row for row in read_rows(self.path) if row.get("global_step", "").isdecimal()]
-        kept = [row for row in with_step if int(row["global_step"]) <= last_step]
-        return [self._line(row.get(name, "") for name in self.columns) for row in kept]  # columns may have grown
 
     @staticmethod
     def _line(values: Iterable[Any]) -> bytes:
@@ -45,7 +43,8 @@ class CsvLog:
 
     def add(self, values: Iterable[Any]) -> None:
         """Remember a row for the next `flush`."""
-        self._pending.append(self._line(values))
+        row = [*values]
+        self._pending.append(self._line(row + [""] * (len(self.columns) - len(row))))
 
     def flush(self) -> None:
         """Write the rows that wait."""
@@ -72,3 +71,8 @@ class CsvLog:
     def waiting(self) -> int:
         """Rows that could not be written so far."""
         return len(self._pending)
+
+
+def _step(row: dict[str, str]) -> float:
+    """A row's global_step; infinite where it has none, as no run writes it."""
+    return int(step) if (step := row.get("global_step", "")).isdecimal() else math.inf

@@ -15,7 +15,7 @@ from typing import Any
 from gravitar_dqn.config import FREE_FIELDS, RunConfig, flatten, to_dict
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.presets import from_dict
-from gravitar_dqn.run.files import read_json, wall_seconds, write_json
+from gravitar_dqn.run.files import last_row, read_json, write_json
 
 # What a run writes before its first checkpoint.
 BEGUN = {"lock", "config.json", "metrics.csv", "episodes.csv", "evaluations.csv", "checkpoints"}
@@ -89,10 +89,9 @@ def holds_other(folder: Path, ours: str) -> bool:
 def check_free(run_dir: Path) -> None:
     """Raise UserError for the folder of a new run that holds another one."""
     if holds_other(run_dir, ours=""):
-        raise UserError(
-            f"{run_dir} exists: --resume {run_dir} resumes it, as does this command with --resume auto; "
-            "another --run-dir starts anew"
-        )
+        is_run = (run_dir / "config.json").exists()
+        how = f"--resume {run_dir} resumes it, as does this command with --resume auto; " if is_run else ""
+        raise UserError(f"{run_dir} exists: {how}another --run-dir starts anew")
 
 
 @contextlib.contextmanager
@@ -129,7 +128,8 @@ def run_to_resume(run_dir: Path) -> RunConfig | None:
         if (checkpoint.folder(run_dir) / "latest").exists():
             return load_run(run_dir, to_train=True)
         left = {path.name for path in run_dir.rglob("*") if path.suffix != ".tmp"}
-        if wall_seconds(run_dir) or not left <= BEGUN:
+        rows = [last_row(run_dir / f"{name}.csv") for name in ("metrics", "episodes", "evaluations")]
+        if any(rows) or not left <= BEGUN:
             raise UserError(f"{run_dir} has lost its checkpoints: copy them back, or another folder starts anew")
         # config.json is removed last: after a kill in between the folder is still known to be a run's.
         for path in sorted({*run_dir.iterdir()} - {run_dir / "lock"}, key=lambda path: path.name == "config.json"):

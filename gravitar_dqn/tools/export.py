@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gravitar_dqn.config import flatten
 from gravitar_dqn.errors import UserError
 from gravitar_dqn.run.files import read_json, read_rows
-from gravitar_dqn.run.folder import load_run, removed_after_errors
+from gravitar_dqn.run.folder import load_run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # The ending of the event files that are written here: only these are ever replaced.
 OURS = ".gravitar-dqn"
@@ -50,22 +53,43 @@ def export_tensorboard(run_dir: Path, out: Path | None = None) -> Path:
         raise UserError("there is no TensorBoard: pip install -e '.[tensorboard]' brings it") from None
     home = run_dir / "tensorboard" if out is None else out / run_dir.resolve().name
     home.mkdir(parents=True, exist_ok=True)
-    before = [*home.glob(f"events.out.tfevents.*{OURS}")]
-    with removed_after_errors(home), SummaryWriter(str(home), filename_suffix=OURS) as writer:
-        time_of = clock(run_dir, tables["metrics"])
-        record = read_json(run_dir / "config.json")
-        settings = flatten(record.pop("config")) | flatten(record)
-        writer.add_text("settings", as_table(settings), 0, time_of(0))
-        for table, rows in tables.items():
-            # A resumed run keeps the evaluations of steps that it plays again: its rows are not in order.
-            for row in sorted(rows, key=lambda row: row["global_step"]):
-                step = row.pop("global_step")
-                for name, value in row.items():
+    before = exported(home)
+    try:
+        with SummaryWriter(str(home), filename_suffix=OURS) as writer:
+            write(writer, run_dir, tables)
+    except BaseException:
+        remove(exported(home) - before)  # half of a run
+        raise
+    remove(before)
+    return home
+
+
+def exported(home: Path) -> set[Path]:
+    """The event files that an export has left in a folder."""
+    return {path for path in home.glob(f"events.out.tfevents.*{OURS}") if path.is_file()}
+
+
+def remove(paths: set[Path]) -> None:
+    """Remove files, if they are still there."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def write(writer: SummaryWriter, run_dir: Path, tables: Mapping[str, Sequence[Row]]) -> None:
+    """Everything about a run."""
+    time_of = clock(run_dir, tables["metrics"])
+    record = read_json(run_dir / "config.json")
+    record.pop("metrics", None)  # names, no setting
+    settings = flatten(record.pop("config")) | flatten(record)
+    writer.add_text("settings", as_table(settings), 0, time_of(0))
+    for table, rows in tables.items():
+        # A resumed run keeps the evaluations of steps that it plays again: its rows are not in order.
+        for row in sorted(rows, key=lambda row: row["global_step"]):
+            step = row["global_step"]
+            for name, value in row.items():
+                if name != "global_step":
                     section = EVALUATION if table == "evaluations" else section_of(name)
                     writer.add_scalar(f"{section}/{name}", value, int(step), time_of(step))
-    for path in before:
-        path.unlink(missing_ok=True)
-    return home
 
 
 def read_numbers(path: Path) -> list[Row]:
