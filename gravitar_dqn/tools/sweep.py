@@ -330,7 +330,7 @@ class Sweep:
         games = [f"--episodes={self._options.episodes}", f"--epsilon={EPSILON}", f"--device={job.config.device}"]
         for words in (train, ["eval", str(job.run_dir), *games]):
             if not self._process(words, log_path, env):
-                raise UserError(last_line(log_path).removeprefix("error: ") or "it printed nothing")
+                raise UserError(last_line(log_path) or "it printed nothing")
         row = make_row(job)
         with self._lock:
             self._log.add(row.values())
